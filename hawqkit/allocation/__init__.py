@@ -1,0 +1,70 @@
+"""Table in, allocation out: one format for each layer under budgets. No torch.
+
+Names are resolved on first use, so that a command that solves nothing does not wait for scipy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hawqkit.allocation.allocate import Allocated, allocate_table
+    from hawqkit.allocation.baselines import BASELINES, make_baselines
+    from hawqkit.allocation.brute import solve_by_enumeration
+    from hawqkit.allocation.exact import Solution, solve
+    from hawqkit.allocation.frontier import sweep_frontier
+    from hawqkit.allocation.problem import (
+        BUDGETS,
+        Problem,
+        Resource,
+        SizeTable,
+        build_problem,
+        totals,
+        with_scores,
+    )
+    from hawqkit.allocation.stability import keep_shares
+
+__all__ = [
+    "BASELINES",
+    "BUDGETS",
+    "Allocated",
+    "Problem",
+    "Resource",
+    "SizeTable",
+    "Solution",
+    "allocate_table",
+    "build_problem",
+    "keep_shares",
+    "make_baselines",
+    "solve",
+    "solve_by_enumeration",
+    "sweep_frontier",
+    "totals",
+    "with_scores",
+]
+
+_MODULES = {
+    "allocate": ("Allocated", "allocate_table"),
+    "baselines": ("BASELINES", "make_baselines"),
+    "brute": ("solve_by_enumeration",),
+    "exact": ("Solution", "solve"),
+    "frontier": ("sweep_frontier",),
+    "problem": (
+        "BUDGETS",
+        "Problem",
+        "Resource",
+        "SizeTable",
+        "build_problem",
+        "totals",
+        "with_scores",
+    ),
+    "stability": ("keep_shares",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

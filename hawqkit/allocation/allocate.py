@@ -1,0 +1,88 @@
+"""From a table of scores and budgets to the best mix: the one call that other rooms need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hawqkit.allocation.exact import Solution, solve
+from hawqkit.allocation.problem import (
+    BUDGETS,
+    Booleans,
+    Problem,
+    SizeTable,
+    build_problem,
+    totals,
+)
+from hawqkit.errors import BudgetError, InputError, did_you_mean
+from hawqkit.records import Floats, Layer, Totals
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocated:
+    """The best mix (layer name -> format name), its proof, its sizes, and the problem it solves."""
+
+    layers: dict[str, str]
+    solution: Solution
+    totals: Totals
+    problem: Problem
+
+
+def allocate_table(
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    scores: Floats,
+    *,
+    budgets: Mapping[str, float],
+    runtime: str = "transformers",
+    size_tables: Sequence[SizeTable] = (),
+    size_target: str | None = None,
+    available: Booleans | None = None,
+    gap: float = 0.0,
+) -> Allocated:
+    """Choose the format of every layer so that the summed score is smallest within all budgets.
+
+    Args:
+        layers: L layers.
+        formats: F format names.
+        scores: (L, F) predicted loss in nats; NaN where a format does not fit the layer.
+        budgets: `average_bits`, `bits_per_weight`, `size` (bytes) -> limit; all hold together.
+        runtime: profile that says which layers share a format.
+        size_tables: targets whose bytes are counted in the totals.
+        size_target: the target that `size` limits; None limits the files of each one.
+        available: (L, F) False where a layer must not take a format that fits it.
+        gap: relative gap at which the solver may stop; 0 asks for the optimum.
+
+    Raises:
+        BudgetError: no budget came, or none can meet it; says what can be had.
+        InputError: a name, a shape or a target is wrong.
+        NumericalError: a score that is needed is negative, NaN or infinite.
+        Unsupported: a layer or a group has no format that it can take.
+    """
+    if not budgets:
+        raise BudgetError(f"no budget came: give at least one of {', '.join(BUDGETS)}.")
+    sizes = _limited_tables(size_tables, size_target)
+    problem = build_problem(
+        layers,
+        formats,
+        scores,
+        runtime=runtime,
+        budgets=budgets,
+        sizes=sizes,
+        available=available,
+    )
+    solution = solve(problem, gap=gap)
+    mix = problem.mix(solution.choice)
+    return Allocated(mix, solution, totals(problem.layers, mix, size_tables), problem)
+
+
+def _limited_tables(tables: Sequence[SizeTable], target: str | None) -> Sequence[SizeTable]:
+    if target is None:
+        return tables
+    known = [table.target for table in tables]
+    if target not in known:
+        raise InputError(
+            f"size is to be counted for {target!r}, whose size table did not come; came: "
+            f"{', '.join(known) or 'none'}." + did_you_mean(target, known)
+        )
+    return [table for table in tables if table.target == target]

@@ -1,0 +1,86 @@
+"""The only place that knows Accelerate: how many processes there are, and how their results meet.
+
+The model is not wrapped in DistributedDataParallel: no weight needs a gradient, so there is nothing to
+reduce. Each process measures its own micro-batches, and only scalars are gathered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among its peers."""
+
+    index: int
+    count: int
+    device: str
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and draws progress."""
+        return self.index == 0
+
+    def mine(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Return this process's share: every count-th item, beginning with its own index."""
+        return (item for i, item in enumerate(items) if i % self.count == self.index)
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, accelerate launch) started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def processes() -> Processes:
+    """Return this process among its peers; joins the process group on the first call.
+
+    On CPU a launcher needs `ACCELERATE_USE_CPU=true`; without one there is a single process and
+    Accelerate is not even imported.
+    """
+    if not launched():
+        return Processes(0, 1, default_device())
+    from accelerate import PartialState
+
+    state = PartialState()
+    return Processes(state.process_index, state.num_processes, str(state.device))
+
+
+def default_device() -> str:
+    """Return the accelerator's device if there is one, else `cpu`."""
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    return "cpu"
+
+
+def gather(item: Any) -> list[Any]:
+    """Return every process's item, in the order of processes, to all of them.
+
+    Items are plain Python and numpy objects of our own processes.
+    """
+    if not launched():
+        return [item]
+    from accelerate.utils import gather_object
+
+    return list(gather_object([item]))
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if launched():
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+def finish() -> None:
+    """Leave the process group in order; a group alive at exit can abort the process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,57 @@
+"""Every exception that hawqkit raises on purpose, and the exit code that each one means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class HawqkitError(Exception):
+    """Something failed that is nobody's mistake: no network, no disk, a killed peer (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(HawqkitError):
+    """The user's input is wrong; the message says what came, why it is wrong, what to do (exit code 2)."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe has problems; `problems` holds one complete message for each of them."""
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  - {p}" for p in self.problems)]))
+
+
+class Unsupported(InputError):
+    """What was asked cannot be done with this model, format or target."""
+
+
+class BudgetError(InputError):
+    """No allocation can meet the budget; the message says the smallest and largest that can be had."""
+
+
+class DataError(InputError):
+    """Calibration or held-out data is missing, empty, or too short."""
+
+
+class NumericalError(InputError):
+    """A number that must be finite is not: weights, activations or gradients hold NaN or infinity."""
+
+
+class StateMismatch(InputError):
+    """A run folder belongs to another model, data set, format list, seed or schema."""
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return " Did you mean 'x'?" for the nearest known name, or an empty string.
+
+    >>> did_you_mean("int4-g46", ["int4-g64", "int8-g64"])
+    " Did you mean 'int4-g64'?"
+    """
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

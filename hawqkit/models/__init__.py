@@ -1,0 +1,36 @@
+"""Models and text: the only room that knows transformers. Names resolve on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hawqkit.models.batches import Sequences, load_batches
+    from hawqkit.models.layers import find_layers
+    from hawqkit.models.loading import load_model
+    from hawqkit.models.model import LoadedModel, wrap_model
+
+_HOMES = {
+    "LoadedModel": "model",
+    "Sequences": "batches",
+    "find_layers": "layers",
+    "load_batches": "batches",
+    "load_model": "loading",
+    "wrap_model": "model",
+}
+
+__all__ = [
+    "LoadedModel",
+    "Sequences",
+    "find_layers",
+    "load_batches",
+    "load_model",
+    "wrap_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,130 @@
+"""The errors dW_f = Q_f(W) - W of one weight in many formats, kept small or made again each time.
+
+Letters in shapes: F formats, a weight is (rows, columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hawqkit.errors import InputError, did_you_mean
+from hawqkit.formats import Format
+from hawqkit.quantize.rounding import (
+    Quantized,
+    codes_from_scales,
+    decode_into,
+    round_into,
+    scales_of,
+)
+
+KEEPS = ("codes", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """Everything that is needed to write the errors of one layer in all its formats.
+
+    With `codes` an entry costs a byte a format and a fill only decodes; with `none` just the scales
+    are kept and a fill divides and rounds again. The numbers are equal, bit for bit.
+
+    Attributes:
+        formats: F formats, in the order of `fill`.
+        parts: F pairs of (scales, zero points) or, with `codes`, of whole quantized weights.
+        squared_norms: (F,) float64, |dW_f|^2.
+    """
+
+    formats: tuple[Format, ...]
+    parts: tuple[Quantized | tuple[Tensor, Tensor | None], ...]
+    squared_norms: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that are held."""
+        return self.squared_norms.nbytes + sum(
+            part.nbytes if isinstance(part, Quantized) else _bytes(part) for part in self.parts
+        )
+
+    @torch.no_grad()
+    def fill(self, weight: Tensor, out: Tensor, rows: Tensor | slice | None = None) -> None:
+        """Write dW_f = dequantized - weight into `out`, for all rows or for some of them.
+
+        Args:
+            weight: (rows, columns), the weight that the errors were made for, any strides.
+            out: (F, R, columns), contiguous, float32 or float64, on the weight's device.
+            rows: the R rows wanted, default all.
+
+        Raises:
+            InputError: `out` has another shape or dtype, or is not contiguous.
+        """
+        part_of = slice(None) if rows is None else rows
+        some = weight[part_of]
+        shape = (len(self.formats), *some.shape)
+        wide = out.dtype in (torch.float32, torch.float64)
+        if tuple(out.shape) != shape or not wide or not out.is_contiguous():
+            raise InputError(
+                f"a buffer of shape {tuple(out.shape)} and dtype {out.dtype} came for the errors: "
+                f"give a contiguous float32 or float64 buffer of shape {shape}."
+            )
+        for format, part, error in zip(self.formats, self.parts, out, strict=True):
+            if isinstance(part, Quantized):
+                decode_into(error, part.take(part_of), less=some)
+            else:
+                scales, zeros = part
+                zeros = None if zeros is None else zeros[part_of]
+                round_into(error, some, scales[part_of], zeros, format, less=True)
+
+
+def make_errors(
+    weight: Tensor,
+    formats: Sequence[Format],
+    *,
+    rounding: str,
+    scale_dtype: torch.dtype,
+    keep: str,
+) -> LayerErrors:
+    """Round one weight to every format and keep what is needed to write the errors again.
+
+    Args:
+        weight: (rows, columns), any floating dtype and any strides.
+        formats: F formats; each must fit the columns. `none` makes no error and may not be here.
+        rounding: `nearest` or `searched`.
+        scale_dtype: dtype in which scales are kept.
+        keep: `codes` (int8 codes and scales stay in memory) or `none` (only the scales stay).
+
+    Raises:
+        InputError: `keep` or `rounding` is unknown.
+        Unsupported: a format does not fit the columns.
+        NumericalError: the weight holds NaN or infinity.
+    """
+    if keep not in KEEPS:
+        raise InputError(
+            f"unknown way to keep errors {keep!r}: known are {', '.join(KEEPS)}."
+            + did_you_mean(keep, KEEPS)
+        )
+    parts: list[Quantized | tuple[Tensor, Tensor | None]] = []
+    norms = torch.empty(len(formats), dtype=torch.float64)
+    buffer = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    for index, format in enumerate(formats):
+        scales, zeros = scales_of(weight, format, rounding=rounding, scale_dtype=scale_dtype)
+        if keep == "codes":
+            part = codes_from_scales(weight, scales, zeros, format)
+            decode_into(buffer, part, less=weight)
+            parts.append(part)
+        else:
+            round_into(buffer, weight, scales, zeros, format, less=True)
+            parts.append((scales, zeros))
+        norms[index] = _squared_norm(buffer)
+    return LayerErrors(tuple(formats), tuple(parts), norms)
+
+
+def _squared_norm(error: Tensor) -> float:
+    """Return |error|^2: squares summed in float32 within a row, the rows in float64."""
+    return float(torch.linalg.vector_norm(error, dim=1).double().square().sum())
+
+
+def _bytes(pair: tuple[Tensor, Tensor | None]) -> int:
+    return sum(t.nbytes for t in pair if t is not None)

@@ -1,0 +1,446 @@
+"""What the stages hand to each other: frozen records of plain numbers, with no torch in them.
+
+Letters in shapes: L layers, F formats, S sequences, P pairs of sequences of one micro-batch.
+Every record is a pure function of its inputs; seconds, memory and dates stand in `Provenance` alone.
+`store.py` writes and reads them. A cell that does not exist (a format that does not fit a layer) is
+None in a record and NaN in an array.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Numbers = tuple[float | None, ...]
+Table = tuple[Numbers, ...]
+
+SCHEMA = 1
+
+
+def to_array(table: Table | Numbers) -> Floats:
+    """Return a table as float64, None as NaN."""
+    return np.array(table, dtype=np.float64)
+
+
+def to_numbers(values: NDArray[Any]) -> Numbers:
+    """Return a vector as plain floats; NaN and infinity (no estimate) become None."""
+    return tuple(float(v) if np.isfinite(v) else None for v in values)
+
+
+def to_table(values: NDArray[Any]) -> Table:
+    """Return a matrix as rows of plain floats; NaN and infinity (no estimate) become None."""
+    return tuple(to_numbers(row) for row in values)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One quantizable weight, as (rows, columns) = (outputs, inputs); scales run along the columns.
+
+    Attributes:
+        name: path of the module that owns the weight, `model.layers.0.mlp.up_proj`.
+        kind: `linear`, `conv1d` (GPT-2's, stored transposed) or `embedding`.
+        rows: outputs, or the vocabulary of an embedding.
+        columns: inputs, or the width of an embedding.
+        dtype: stored dtype, `float32`, `bfloat16`, `float16`.
+        block: index of the transformer block, None outside of the blocks.
+        tied: other modules that use the same weight; it is counted once.
+        calls: times the weight is used in one forward pass.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    dtype: str
+    block: int | None = None
+    tied: tuple[str, ...] = ()
+    calls: int = 1
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.rows * self.columns
+
+    @property
+    def dtype_bits(self) -> int:
+        """Bits of an entry as stored."""
+        return DTYPE_BITS[self.dtype]
+
+
+DTYPE_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "int32": 32,
+              "int16": 16, "int8": 8, "uint8": 8, "bool": 8}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A weight that is left alone, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a checkpoint: what a target needs to count its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model without loading it again.
+
+    Attributes:
+        source: as the user named it.
+        hash: SHA-256 over names, shapes, dtypes and bytes of all weights.
+        architecture: class name.
+        parameters: number of parameters, tied ones once.
+        dtype: stored dtype of most weights.
+        tensors: what `save_pretrained` would store, tied tensors once, in its order.
+        config: the model's configuration as a JSON object.
+        side_files: bytes of every other file of a checkpoint (tokenizer, generation config).
+    """
+
+    source: str
+    hash: str
+    architecture: str
+    parameters: int
+    dtype: str
+    tensors: tuple[Tensor, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    side_files: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """Where sequences came from and how much there was.
+
+    Attributes:
+        source: as the user named it, with its split.
+        hash: SHA-256 over tokens, masks and lengths.
+        sequences: number of sequences.
+        length: tokens of the longest sequence.
+        tokens: tokens that are not padding.
+        counted: predictions that enter the mean.
+        documents: number of documents the sequences come from.
+        seed: seed of the choice of windows.
+    """
+
+    source: str
+    hash: str
+    sequences: int
+    length: int
+    tokens: int
+    counted: int
+    documents: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Predicted mean KL divergence in nats for each layer and format, with its standard error."""
+
+    name: str
+    values: Table  # (L, F)
+    stderr: Table  # (L, F)
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What the probe measured, sequence by sequence: raw sums, divided by nothing.
+
+    Sequence s back-propagates the plain SUM of cross-entropies against labels that the model itself
+    sampled; g is a layer's gradient of that sum, d and a its output gradients and inputs.
+
+    Attributes:
+        index: (S,) global sequence index.
+        count: (S,) counted predictions n_s.
+        document: (S,) cluster of the sequence.
+        withheld: (S,) 1 where the sequence is kept from choosing and only predicts.
+        squared_gradient: (S, L) |g|^2.
+        directional: (S, L, F) SIGNED g . dW_f; NaN where a format does not fit.
+        token_norm: (S, L) sum over sampled positions of |d_t|^2 |a_t|^2, scaled to all positions.
+        token: (S, L, F) sum over t, o of (d_to (dW_f a_t)_o)^2, scaled likewise.
+        token_summed: (S, L, F) sum over t of (d_t . dW_f a_t)^2, scaled likewise.
+        pairs: (P, 2) rows of two different sequences of one micro-batch.
+        gram: (P, L) g_s . g_s' of those pairs.
+    """
+
+    index: Integers
+    count: Integers
+    document: Integers
+    withheld: Integers
+    squared_gradient: Floats
+    directional: Floats
+    token_norm: Floats
+    token: Floats
+    token_summed: Floats
+    pairs: Integers
+    gram: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivities:
+    """How much each layer suffers in each format: `sensitivities.json`.
+
+    Attributes:
+        formats: names, in the order of the columns of every table.
+        weight_error: (L, F) |dW_f|^2.
+        trace: (L,) tr(G_l), with its standard error.
+        participation_ratio: (L,) tr(G_l)^2 / |G_l|_F^2; None where the pairs do not allow one.
+        network_participation_ratio: the same over all layers together.
+        scores: name -> table in nats (see `sensitivity.scores`).
+        auto: the score that `auto` stands for.
+        rounding: `nearest` or `searched`.
+        fingerprint: hash over model, data, formats, rounding and seed.
+    """
+
+    model: ModelFacts
+    data: DataFacts
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+    formats: tuple[str, ...]
+    weight_error: Table
+    trace: Numbers
+    trace_stderr: Numbers
+    participation_ratio: Numbers
+    network_participation_ratio: float | None
+    scores: dict[str, Score]
+    auto: str
+    rounding: str
+    fingerprint: str
+    withheld: int = 0
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        """Refuse tables whose shape does not belong to the layers and formats."""
+        shape = (len(self.layers), len(self.formats))
+        tables = {"weight_error": self.weight_error}
+        for name, score in self.scores.items():
+            tables |= {f"scores.{name}.values": score.values, f"scores.{name}.stderr": score.stderr}
+        for name, table in tables.items():
+            if len(table) != shape[0] or any(len(row) != shape[1] for row in table):
+                raise ValueError(f"{name} is not a table of {shape[0]} layers x {shape[1]} formats")
+            if any(v is not None and not v >= 0 for row in table for v in row):
+                raise ValueError(f"{name} holds a negative number")
+        for name in ("trace", "trace_stderr", "participation_ratio"):
+            if len(getattr(self, name)) != shape[0]:
+                raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {shape[0]} layers")
+        if self.auto not in self.scores:
+            raise ValueError(f"auto is {self.auto!r}, which is not among the scores")
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The three sizes of a mix, told apart.
+
+    Attributes:
+        average_bits: sum of numel * code bits / sum of numel, over the selected layers.
+        bits_per_weight: the same with scales, zero points and padding.
+        size: target -> bytes of all files which that target writes.
+    """
+
+    average_bits: float
+    bits_per_weight: float
+    size: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Proof of optimality: no allocation within the budgets has a summed score below `bound`."""
+
+    solver: str
+    status: str
+    objective: float
+    bound: float
+    relative_gap: float
+    groups: int
+    variables: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicted mean KL of one whole mix, in nats, from sequences that did not choose it.
+
+    Attributes:
+        kl: sum over layers of 1/2 (g . dW)^2 / n.
+        joint: 1/2 (sum over layers of g . dW)^2 / n, that is with the interactions between layers.
+        interactions: joint - kl.
+        spread: sqrt(2 / participation ratio of the network), relative: what random rounding does.
+        sequences: number of sequences behind the figures.
+        cross_fitted: the procedure's KL: chosen on the other folds, predicted on each in turn.
+    """
+
+    kl: float
+    kl_stderr: float
+    joint: float
+    joint_stderr: float
+    interactions: float
+    interactions_stderr: float
+    spread: float | None
+    sequences: int
+    cross_fitted: float | None = None
+    cross_fitted_stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One assignment of formats to layers, with its sizes and its predicted loss."""
+
+    name: str
+    about: str
+    layers: dict[str, str]
+    totals: Totals
+    objective: float
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The bit configuration: `allocation.json`.
+
+    Attributes:
+        layers: layer name -> format name.
+        budgets: name -> limit, as asked.
+        totals: what the mix really takes.
+        score: the score that chose.
+        objective: summed score of the chosen mix, in nats (quiet, but seen by the choice).
+        prediction: what sequences say that the choice has not seen.
+        stability: layer -> share of resampled probes in which it keeps its format.
+        baselines: other mixes within the same budgets.
+        sensitivities: fingerprint of the table that was solved.
+    """
+
+    layers: dict[str, str]
+    budgets: dict[str, float]
+    totals: Totals
+    runtime: str
+    score: str
+    risk: float
+    objective: float
+    certificate: Certificate
+    prediction: Prediction | None = None
+    stability: dict[str, float] = field(default_factory=dict)
+    baselines: tuple[Mix, ...] = ()
+    model: str = ""
+    sensitivities: str = ""
+    rounding: str = "searched"
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """The best summed score at one size; `bound` is proven, so the truth lies in [bound, objective]."""
+
+    average_bits: float
+    bits_per_weight: float
+    objective: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Size against predicted loss: `frontier.json`; `uniform` holds (format, point) for comparison."""
+
+    points: tuple[FrontierPoint, ...]
+    uniform: dict[str, FrontierPoint]
+    chosen: FrontierPoint
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One mix on one text: token means, with standard errors clustered by document.
+
+    Attributes:
+        kl: mean KL(original || quantized) in nats per counted prediction.
+        same_top1: share of predictions whose most likely token stays the same.
+        loss: mean cross-entropy of the quantized model, in nats.
+        difference: kl(this mix) - kl(chosen mix), paired by sequence.
+    """
+
+    kl: float
+    kl_stderr: float
+    kl_median: float
+    kl_p99: float
+    same_top1: float
+    same_top1_stderr: float
+    loss: float
+    loss_stderr: float
+    perplexity: float
+    difference: float
+    difference_stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedMix:
+    """A mix with what was measured on each text; the key is the text's name."""
+
+    name: str
+    about: str
+    totals: Totals
+    prediction: Prediction | None
+    measured: dict[str, Measured]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Predicted against measured, on text that the choice never saw: `validation.json`.
+
+    Attributes:
+        texts: name -> facts of the text; `held-out` is of the calibration's source.
+        original: text -> (loss, stderr) of the original model.
+        mixes: the chosen mix first, then the baselines.
+    """
+
+    texts: dict[str, DataFacts]
+    original: dict[str, tuple[float, float]]
+    mixes: tuple[ValidatedMix, ...]
+    allocation: str = ""
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a stage took. One gradient-equivalent is one plain forward and backward pass."""
+
+    seconds: float
+    gradient_equivalents: float = 0.0
+    peak_memory_bytes: int = 0
+    predicted_seconds: float | None = None
+    predicted_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Everything that may differ between two equal runs: `provenance.json`."""
+
+    versions: dict[str, str]
+    host: str
+    platform: str
+    started: str
+    finished: str
+    resumes: int
+    processes: int
+    devices: tuple[str, ...]
+    seeds: dict[str, int]
+    hashes: dict[str, str]
+    costs: dict[str, Cost]
+    schema: int = SCHEMA

@@ -1,0 +1,171 @@
+"""Scores: from raw sums of the probe to a predicted loss in nats, for each layer and format.
+
+Each score is a function of sums over sequences, so its standard error is a clustered jackknife of the
+whole formula (see `statistics.jackknife`). All of them predict the mean KL divergence from the
+original model in nats; they differ in what they know about the rounding error dW.
+
+Letters: L layers, F formats, C clusters; `...` any leading shape (jackknife replicates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hawqkit.errors import InputError, did_you_mean
+from hawqkit.records import Floats, Integers, Samples
+from hawqkit.statistics import Sums, cluster_sums, jackknife
+
+SHRINKAGE = 0.25  # weight of the token score in the geometric mean `shrunk`; docs/scores.md compares
+AUTO = "shrunk"
+
+
+def _per_numel(s: Sums, facts: Facts) -> Floats:
+    return s["squared_gradient"] / s["count"][..., None] / facts.numel
+
+
+def trace(s: Sums, facts: Facts) -> Floats:
+    """HAWQ-V2 (Dong et al. 2020): `1/2 tr(G_l) / n_l |dW|^2`. The direction of dW is not used."""
+    return 0.5 * _per_numel(s, facts)[..., None] * facts.weight_error
+
+
+def directional(s: Sums, facts: Facts) -> Floats:
+    """`1/2 dW' G_l dW` with the rounding error that the format really makes."""
+    return 0.5 * s["directional_squared"] / s["count"][..., None, None]
+
+
+def token(s: Sums, facts: Facts) -> Floats:
+    """Trace-matched token score, outputs squared one by one.
+
+    `1/2 tr(G_l) * sum_t sum_o (d_to (dW a_t)_o)^2 / sum_t |d_t|^2 |a_t|^2`
+    """
+    return _matched(s, "token")
+
+
+def token_summed(s: Sums, facts: Facts) -> Floats:
+    """Trace-matched token score, outputs summed first: `(d_t . dW a_t)^2` in the numerator."""
+    return _matched(s, "token_summed")
+
+
+def shrunk(s: Sums, facts: Facts) -> Floats:
+    """`trace^(1 - b) * token^b`, b = 0.25.
+
+    The trace knows one number a layer and carries over to other text; the token score knows the
+    direction of the error but fits its noise and its text. Their geometric mean chooses better than
+    either.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return trace(s, facts) ** (1 - SHRINKAGE) * token(s, facts) ** SHRINKAGE
+
+
+def weight_error(s: Sums, facts: Facts) -> Floats:
+    """`|dW|^2` with one curvature for the whole network: `1/2 sum_l tr(G_l) / sum_l n_l |dW|^2`."""
+    mean = s["squared_gradient"].sum(-1) / s["count"] / facts.numel.sum()
+    return 0.5 * mean[..., None, None] * facts.weight_error
+
+
+def _matched(s: Sums, name: str) -> Floats:
+    traces = s["squared_gradient"] / s["count"][..., None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = s[name] / s["token_norm"][..., None]
+    # A layer whose gradient is exactly zero has no direction: its loss is zero, not 0/0.
+    return 0.5 * traces[..., None] * np.where(s["token_norm"][..., None] > 0, share, 0 * s[name])
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What does not depend on the samples: numel (L,) and |dW|^2 (L, F), NaN where not available."""
+
+    numel: Floats
+    weight_error: Floats
+
+
+SCORES: dict[str, Callable[[Sums, Facts], Floats]] = {
+    "trace": trace,
+    "token": token,
+    "token-summed": token_summed,
+    "directional": directional,
+    "shrunk": shrunk,
+    "weight-error": weight_error,
+}
+
+
+def score_names() -> tuple[str, ...]:
+    """Return every name that a recipe may ask for."""
+    return ("auto", *SCORES)
+
+
+def resolve_score(name: str, auto: str = AUTO) -> str:
+    """Return the score that a name stands for.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name == "auto":
+        return auto
+    if name not in SCORES:
+        raise InputError(
+            f"unknown score {name!r}: known are {', '.join(score_names())}."
+            + did_you_mean(name, score_names())
+        )
+    return name
+
+
+def sums_of(samples: Samples, rows: Integers | None = None, weights: Floats | None = None) -> Sums:
+    """Return the sums of each cluster that every score is a function of: name -> (C, ...).
+
+    Args:
+        samples: of the probe.
+        rows: the sequences to use, default all that choose (not withheld).
+        weights: (S,) multiplicity of each row, for a bootstrap.
+    """
+    rows = np.flatnonzero(samples.withheld == 0) if rows is None else rows
+    w = np.ones(len(rows)) if weights is None else weights
+    clusters = samples.document[rows]
+
+    def total(values: Floats) -> Floats:
+        return cluster_sums(values * w.reshape(-1, *[1] * (values.ndim - 1)), clusters)
+
+    return {
+        "count": total(samples.count[rows].astype(np.float64)),
+        "squared_gradient": total(samples.squared_gradient[rows]),
+        "directional_squared": total(samples.directional[rows] ** 2),
+        "token_norm": total(samples.token_norm[rows]),
+        "token": total(samples.token[rows]),
+        "token_summed": total(samples.token_summed[rows]),
+    }
+
+
+def evaluate(name: str, sums: Sums, facts: Facts) -> tuple[Floats, Floats]:
+    """Return a score (L, F) and its jackknife standard error (L, F)."""
+    return jackknife(lambda s: SCORES[name](s, facts), sums)
+
+
+def evaluate_totals(name: str, sums: Sums, facts: Facts) -> Floats:
+    """Return a score (L, F) alone; fast, for resampling."""
+    return SCORES[name]({k: v.sum(0) for k, v in sums.items()}, facts)
+
+
+def with_risk(name: str, values: Floats, stderr: Floats, participation: Floats, risk: float) -> Floats:
+    """Add `risk` standard deviations to a score (L, F).
+
+    For scores that take dW as random (`trace`, `weight-error`) the deviation of `dW' G dW` about its
+    mean is `sqrt(2 / participation ratio)`, relative: a layer of low effective rank is a risky bet at
+    the same trace. For scores that know dW it is their own standard error.
+
+    Raises:
+        InputError: `risk` is positive and a deviation is not known.
+    """
+    if risk == 0:
+        return values
+    isotropic = name in ("trace", "weight-error")
+    deviation = values * np.sqrt(2 / participation)[:, None] if isotropic else stderr
+    if not np.isfinite(deviation[np.isfinite(values)]).all():
+        raise InputError(
+            f"risk {risk:g} needs the {'participation ratio' if isotropic else 'standard error'} of "
+            "every layer, and this run has too few sequences for it; use more sequences, micro-batches "
+            "of at least two, or risk 0."
+        )
+    return values + risk * deviation

@@ -1,0 +1,141 @@
+"""One use of a weight in a pass: what it adds to each sequence's gradient and to the token score.
+
+Letters: B sequences, T positions, k sampled positions, F formats, R rows of the weight that are
+handled at once, C columns. The weight is (rows, columns); a linear layer's rows are its outputs, an
+embedding's rows are the vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Sampled positions of the token score.
+
+    Attributes:
+        index: (B, k) positions.
+        weight: (B, k) how many positions each of them stands for; 0 fills up short sequences.
+    """
+
+    index: Tensor
+    weight: Tensor
+
+
+class Use(ABC):
+    """Inputs and output gradients of one call of a layer."""
+
+    gradients: Tensor
+
+    @abstractmethod
+    def rows(self, total: int) -> Tensor | None:
+        """Return the rows of the weight that this use can touch, None for all of them."""
+
+    @abstractmethod
+    def gradient(self, rows: Tensor | slice) -> Tensor:
+        """Return each sequence's gradient of those rows, (B, R, C)."""
+
+    @abstractmethod
+    def norms(self, positions: Positions) -> Tensor:
+        """Return |d_t|^2 |a_t|^2 at the sampled positions, (B, k)."""
+
+    @abstractmethod
+    def responses(self, rows: Tensor | slice, errors: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return what those rows add to the token scores, from errors (F, R, C).
+
+        Returns:
+            sum over outputs of (d_to (dW a_t)_o)^2 and d_t . dW a_t, each (B, k, F).
+        """
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearUse(Use):
+    """A matrix product: inputs (B, T, C), output gradients (B, T, rows)."""
+
+    inputs: Tensor
+    gradients: Tensor
+
+    def rows(self, total: int) -> Tensor | None:
+        """Every row is touched."""
+        return None
+
+    def gradient(self, rows: Tensor | slice) -> Tensor:
+        """Return sum_t d_t a_t', (B, R, C)."""
+        d = _wide(self.gradients[..., rows])
+        return torch.bmm(d.transpose(1, 2), _wide(self.inputs))
+
+    def norms(self, positions: Positions) -> Tensor:
+        """Return |d_t|^2 |a_t|^2, (B, k)."""
+        d, a = _take(self.gradients, positions), _take(self.inputs, positions)
+        return d.square().sum(-1) * a.square().sum(-1)
+
+    def responses(
+        self, rows: Tensor | slice, errors: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
+        """One product of (B k, C) with (C, F R), then a sum over rows."""
+        formats, count, columns = errors.shape
+        d, a = _take(self.gradients[..., rows], positions), _take(self.inputs, positions)
+        y = a.flatten(0, 1) @ errors.reshape(formats * count, columns).T  # (B k, F R)
+        y = y.view(*positions.index.shape, formats, count).mul_(d[:, :, None, :])
+        return y.square().sum(-1), y.sum(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingUse(Use):
+    """A table lookup: token ids (B, T), output gradients (B, T, C); a_t is one-hot, so |a_t| = 1."""
+
+    ids: Tensor
+    gradients: Tensor
+
+    def rows(self, total: int) -> Tensor | None:
+        """Only the rows of tokens that occur are touched."""
+        return torch.unique(self.ids)
+
+    def gradient(self, rows: Tensor | slice) -> Tensor:
+        """Scatter the output gradients over token ids, (B, R, C)."""
+        place, inside = self._places(rows)
+        d = _wide(self.gradients) * inside[..., None]
+        count = _count(rows)
+        out = d.new_zeros(len(d), count, d.shape[-1])
+        return out.scatter_add_(1, place[..., None].expand_as(d), d)
+
+    def norms(self, positions: Positions) -> Tensor:
+        """Return |d_t|^2, (B, k)."""
+        return _take(self.gradients, positions).square().sum(-1)
+
+    def responses(
+        self, rows: Tensor | slice, errors: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
+        """Look up the errors of the sampled tokens, where their rows are among `rows`."""
+        place, inside = self._places(rows)
+        place, inside = place.gather(1, positions.index), inside.gather(1, positions.index)
+        d = _take(self.gradients, positions) * inside[..., None]  # (B, k, C)
+        y = errors[:, place] * d  # (F, B, k, C)
+        return y.square().sum(-1).permute(1, 2, 0), y.sum(-1).permute(1, 2, 0)
+
+    def _places(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Return where each token's row stands within `rows`, and whether it is there at all."""
+        if isinstance(rows, slice):
+            inside = (self.ids >= rows.start) & (self.ids < rows.stop)
+            return (self.ids - rows.start) * inside, inside
+        place = torch.searchsorted(rows, self.ids).clamp_(max=len(rows) - 1)
+        inside = rows[place] == self.ids
+        return place * inside, inside
+
+
+def _take(values: Tensor, positions: Positions) -> Tensor:
+    index = positions.index[..., None].expand(-1, -1, values.shape[-1])
+    return _wide(values.gather(1, index))
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _count(rows: Tensor | slice) -> int:
+    return len(rows) if isinstance(rows, Tensor) else int(rows.stop - rows.start)

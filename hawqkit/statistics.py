@@ -1,0 +1,94 @@
+"""Means of sums with standard errors: clustered jackknife, intervals, ranks. numpy and scipy only.
+
+Every estimate here is a smooth function of sums over sequences, so a leave-one-cluster-out replicate
+costs one subtraction: total - cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Sums = Mapping[str, Array]
+
+
+def cluster_sums(values: Array, clusters: NDArray[np.int64]) -> Array:
+    """Sum rows that belong to one cluster: (S, ...) -> (C, ...), clusters in sorted order.
+
+    >>> cluster_sums(np.array([1.0, 2.0, 4.0]), np.array([7, 3, 7]))
+    array([2., 5.])
+    """
+    ids, inverse = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((len(ids), *values.shape[1:]))
+    np.add.at(sums, inverse, values)
+    return sums
+
+
+def jackknife(function: Callable[[Sums], Array], sums: Sums) -> tuple[Array, Array]:
+    """Evaluate `function` on total sums, with its leave-one-cluster-out standard error.
+
+    `stderr^2 = (C - 1) / C * sum_c (theta_(c) - mean theta_(.))^2` (Efron and Stein 1981).
+
+    Args:
+        function: takes totals of any leading batch shape and returns the statistic of that shape, so
+            that all replicates are computed in one call.
+        sums: name -> (C, ...) sums of each cluster.
+
+    Returns:
+        the statistic and its standard error; with a single cluster the error is infinite, since one
+        observation says nothing about its own spread.
+    """
+    totals = {name: s.sum(0) for name, s in sums.items()}
+    estimate = np.asarray(function(totals))
+    count = len(next(iter(sums.values())))
+    if count < 2:
+        return estimate, np.full(estimate.shape, np.inf)
+    left_out = {name: totals[name] - s for name, s in sums.items()}
+    replicates = np.asarray(function(left_out))
+    spread = ((replicates - replicates.mean(0)) ** 2).sum(0)
+    return estimate, np.sqrt((count - 1) / count * spread)
+
+
+def ratio(numerator: Array, denominator: Array, clusters: NDArray[np.int64]) -> tuple[Array, Array]:
+    """Return sum(numerator) / sum(denominator) over axis 0 with its jackknife standard error.
+
+    Args:
+        numerator: (S, ...) per sequence.
+        denominator: (S,) per sequence, counts.
+        clusters: (S,) cluster of each sequence.
+    """
+    sums = {"a": cluster_sums(numerator, clusters), "n": cluster_sums(denominator, clusters)}
+    return jackknife(lambda s: s["a"] / _expand(s["n"], s["a"]), sums)
+
+
+def _expand(small: Array, like: Array) -> Array:
+    return small.reshape(small.shape + (1,) * (like.ndim - small.ndim))
+
+
+def student_interval(mean: float, stderr: float, samples: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the two-sided Student-t interval with `samples - 1` degrees of freedom."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.5 + level / 2, max(samples - 1, 1))) * stderr
+    return mean - half, mean + half
+
+
+def bootstrap_weights(clusters: NDArray[np.int64], generator: np.random.Generator) -> Array:
+    """Return one multinomial bootstrap weight a sequence; sequences of a cluster move together."""
+    ids, inverse = np.unique(clusters, return_inverse=True)
+    counts = np.bincount(generator.integers(0, len(ids), len(ids)), minlength=len(ids))
+    return np.asarray(counts[inverse], dtype=np.float64)
+
+
+def spearman(a: Array, b: Array) -> float:
+    """Return Spearman's rank correlation.
+
+    >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 30.0])), 6)
+    1.0
+    """
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)

@@ -1,0 +1,44 @@
+"""What holds for every test: one thread, no network, and a cache that is not the user's."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: OpenMP reads these once. Several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+KEEPS_THE_USERS_CACHE = ("real", "targets")
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def guarded_cache(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, shared_cache: Path
+) -> None:
+    """Point HAWQKIT_CACHE at a temporary folder, but where a test needs the converted real model."""
+    if not any(request.node.get_closest_marker(name) for name in KEEPS_THE_USERS_CACHE):
+        monkeypatch.setenv("HAWQKIT_CACHE", str(shared_cache))
+
+
+@pytest.fixture
+def cache(guarded_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return an empty folder that HAWQKIT_CACHE points at."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("HAWQKIT_CACHE", str(folder))
+    return folder
