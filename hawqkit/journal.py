@@ -48,11 +48,15 @@ class Journal:
                 f"{path}: not valid JSON ({error}); remove {self.folder} to measure again."
             ) from error
         if not isinstance(found, dict):
-            raise StateMismatch(f"{path}: not a JSON object; remove {self.folder} to measure again.")
+            raise StateMismatch(
+                f"{path}: not a JSON object; remove {self.folder} to measure again."
+            )
         mine = json.loads(to_json(self.facts))
         different = [k for k in sorted({*found, *mine}) if found.get(k) != mine.get(k)]
         if different:
-            lines = [f"{k}: there {_short(found.get(k))}, now {_short(mine.get(k))}" for k in different]
+            lines = [
+                f"{k}: there {_short(found.get(k))}, now {_short(mine.get(k))}" for k in different
+            ]
             raise StateMismatch(
                 f"{self.folder}: was measured with something else; what differs:\n  - "
                 + "\n  - ".join(lines)

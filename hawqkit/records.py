@@ -207,6 +207,9 @@ class Sensitivities:
         auto: the score that `auto` stands for.
         rounding: `nearest` or `searched`.
         fingerprint: hash over model, data, formats, rounding and seed.
+        withheld: sequences that were kept from choosing.
+        samples: the `Samples` behind the tables; in memory only, since they have a file of their own
+            (typed loosely, because arrays have no JSON schema).
     """
 
     model: ModelFacts
@@ -226,6 +229,7 @@ class Sensitivities:
     withheld: int = 0
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
+    samples: Any = field(default=None, repr=False, compare=False, metadata={"json": False})
 
     def __post_init__(self) -> None:
         """Refuse tables whose shape does not belong to the layers and formats."""
@@ -240,7 +244,9 @@ class Sensitivities:
                 raise ValueError(f"{name} holds a negative number")
         for name in ("trace", "trace_stderr", "participation_ratio"):
             if len(getattr(self, name)) != shape[0]:
-                raise ValueError(f"{name} has {len(getattr(self, name))} numbers for {shape[0]} layers")
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} numbers for {shape[0]} layers"
+                )
         if self.auto not in self.scores:
             raise ValueError(f"auto is {self.auto!r}, which is not among the scores")
 

@@ -68,7 +68,9 @@ def _expand(small: Array, like: Array) -> Array:
     return small.reshape(small.shape + (1,) * (like.ndim - small.ndim))
 
 
-def student_interval(mean: float, stderr: float, samples: int, level: float = 0.95) -> tuple[float, float]:
+def student_interval(
+    mean: float, stderr: float, samples: int, level: float = 0.95
+) -> tuple[float, float]:
     """Return the two-sided Student-t interval with `samples - 1` degrees of freedom."""
     from scipy.stats import t
 

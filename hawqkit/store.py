@@ -58,7 +58,14 @@ def write_text_atomic(path: str | Path, text: str) -> Path:
 
 def write_record(path: str | Path, record: Any) -> Path:
     """Write a record as JSON: keys in the order of its fields, a row of numbers on one line."""
-    return write_text_atomic(path, to_json(dataclasses.asdict(record)) + "\n")
+    return write_text_atomic(path, to_json(to_plain(record)) + "\n")
+
+
+def to_plain(record: Any) -> dict[str, Any]:
+    """Return a record as a JSON-able mapping, without what has a file of its own."""
+    apart = {f.name: None for f in dataclasses.fields(record) if not f.metadata.get("json", True)}
+    plain = dataclasses.asdict(dataclasses.replace(record, **apart))
+    return {name: value for name, value in plain.items() if name not in apart}
 
 
 def read_record(path: str | Path, kind: type[Record]) -> Record:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from hawqkit.errors import NumericalError, Unsupported
 from hawqkit.formats import NONE
+from hawqkit.models.batches import MicroBatch
 from hawqkit.models.checkpointing import checkpointed
 from hawqkit.quantize.errors_of import LayerErrors
 from hawqkit.records import Layer
@@ -31,23 +31,6 @@ from hawqkit.sensitivity.uses import Positions, Use
 from hawqkit.store import Arrays
 
 POSITION_STREAM = 0x5EED  # keeps the draws of positions apart from those of labels
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Sequences that go through the model together.
-
-    Attributes:
-        index: global sequence indices, B of them.
-        tokens: (B, T), padded on the right.
-        attention: (B, T) bool, False on padding.
-        counted: (B, T) bool; whether the prediction OF token t counts.
-    """
-
-    index: list[int]
-    tokens: Tensor
-    attention: Tensor
-    counted: Tensor
 
 
 class DualProbe:
@@ -127,10 +110,12 @@ class DualProbe:
         made_at = torch.zeros_like(batch.counted)
         made_at[:, :-1] = batch.counted[:, 1:]
         with torch.enable_grad(), self._taps.forward_pass():
-            logits = self._module(input_ids=tokens, attention_mask=attention, use_cache=False).logits
+            logits = self._module(
+                input_ids=tokens, attention_mask=attention, use_cache=False
+            ).logits
         self._refuse_unused()
         residual, labels = sampled_residuals(
-            logits, made_at, uniforms(batch.index, tokens.shape[1], self._seed)
+            logits, made_at, uniforms(batch.index.tolist(), tokens.shape[1], self._seed)
         )
         torch.autograd.backward([logits], [residual])
         self._refuse_incomplete()
@@ -156,7 +141,7 @@ class DualProbe:
             return None
         length = batch.tokens.shape[1]
         k = min(self._positions, length)
-        keys = uniforms(batch.index, length, self._seed ^ POSITION_STREAM)
+        keys = uniforms(batch.index.tolist(), length, self._seed ^ POSITION_STREAM)
         keys = keys.masked_fill(~batch.attention, 2.0)
         keys[:, 0] = -1.0
         index = keys.argsort(dim=1, stable=True)[:, :k]  # (B, k)
@@ -188,7 +173,7 @@ class DualProbe:
         first, second = np.triu_indices(size, 1)
         shape = (size, count, len(self._formats))
         out: Arrays = {
-            "index": np.array(batch.index, dtype=np.int64),
+            "index": batch.index.numpy().astype(np.int64),
             "count": batch.counted[:, 1:].sum(1).numpy().astype(np.int64),
             "squared_gradient": np.empty(shape[:2]),
             "token_norm": np.empty(shape[:2]),

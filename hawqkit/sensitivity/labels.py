@@ -60,7 +60,9 @@ def sampled_residuals(logits: Tensor, counted: Tensor, uniform: Tensor) -> tuple
     residual = torch.empty_like(flat)
     labels = torch.full((len(flat),), -1, dtype=torch.long, device=flat.device)
     mask = counted.reshape(-1).to(flat.device)
-    draw = uniform.reshape(-1).to(flat.device, torch.float64 if flat.device.type == "cpu" else torch.float32)
+    draw = uniform.reshape(-1).to(
+        flat.device, torch.float64 if flat.device.type == "cpu" else torch.float32
+    )
     wide = torch.promote_types(flat.dtype, torch.float32)
     for start in range(0, len(flat), ROWS):
         rows = slice(start, start + ROWS)

@@ -44,7 +44,9 @@ def predict(
     """
     rows = np.flatnonzero(samples.withheld == 1) if rows is None else rows
     if not len(rows):
-        raise InputError("no sequences were withheld from choosing; set calibration.withheld above 0.")
+        raise InputError(
+            "no sequences were withheld from choosing; set calibration.withheld above 0."
+        )
     products = _products(samples, layers, formats, mix)[rows]  # (S, L)
     clusters = samples.document[rows]
     sums = {

@@ -18,7 +18,9 @@ from hawqkit.errors import InputError, did_you_mean
 from hawqkit.records import Floats, Integers, Samples
 from hawqkit.statistics import Sums, cluster_sums, jackknife
 
-SHRINKAGE = 0.25  # weight of the token score in the geometric mean `shrunk`; docs/scores.md compares
+SHRINKAGE = (
+    0.25  # weight of the token score in the geometric mean `shrunk`; docs/scores.md compares
+)
 AUTO = "shrunk"
 
 
@@ -148,7 +150,9 @@ def evaluate_totals(name: str, sums: Sums, facts: Facts) -> Floats:
     return SCORES[name]({k: v.sum(0) for k, v in sums.items()}, facts)
 
 
-def with_risk(name: str, values: Floats, stderr: Floats, participation: Floats, risk: float) -> Floats:
+def with_risk(
+    name: str, values: Floats, stderr: Floats, participation: Floats, risk: float
+) -> Floats:
     """Add `risk` standard deviations to a score (L, F).
 
     For scores that take dW as random (`trace`, `weight-error`) the deviation of `dW' G dW` about its

@@ -88,7 +88,9 @@ class Taps:
                 )
             if self._in_forward:
                 state.expected += 1
-            if not output.requires_grad:  # nothing before this layer is measured: the graph starts here
+            if (
+                not output.requires_grad
+            ):  # nothing before this layer is measured: the graph starts here
                 output = output.detach().requires_grad_()
 
             def take(saved: Tensor, gradient: Tensor) -> None:

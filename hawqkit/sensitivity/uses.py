@@ -45,7 +45,9 @@ class Use(ABC):
         """Return |d_t|^2 |a_t|^2 at the sampled positions, (B, k)."""
 
     @abstractmethod
-    def responses(self, rows: Tensor | slice, errors: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def responses(
+        self, rows: Tensor | slice, errors: Tensor, positions: Positions
+    ) -> tuple[Tensor, Tensor]:
         """Return what those rows add to the token scores, from errors (F, R, C).
 
         Returns:

@@ -1,0 +1,49 @@
+"""The layer sensitivity report: one HTML file, and the same in short as terminal tables.
+
+Names are resolved on first use: the tables need no matplotlib, and importing this package imports
+neither rich nor Jinja2.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hawqkit.report.html import render_report, write_report
+    from hawqkit.report.tables import (
+        agreement_tables,
+        cost_table,
+        layers_table,
+        print_summary,
+        result_tables,
+        sensitivities_table,
+    )
+
+_HOME = {
+    "render_report": "html",
+    "write_report": "html",
+    "agreement_tables": "tables",
+    "cost_table": "tables",
+    "layers_table": "tables",
+    "print_summary": "tables",
+    "result_tables": "tables",
+    "sensitivities_table": "tables",
+}
+
+__all__ = [
+    "agreement_tables",
+    "cost_table",
+    "layers_table",
+    "print_summary",
+    "render_report",
+    "result_tables",
+    "sensitivities_table",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

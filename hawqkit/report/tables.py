@@ -1,0 +1,313 @@
+"""Terminal tables: what `hawqkit show` prints. Every table fits 80 columns.
+
+A table that would be wider is cut into several: sizes and prediction in one, each text in one of its
+own, formats in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hawqkit.formats import parse_format
+from hawqkit.records import (
+    Allocation,
+    Cost,
+    Provenance,
+    Sensitivities,
+    Validation,
+)
+from hawqkit.report.comparison import (
+    Row,
+    agreements,
+    compare,
+    score_used,
+    target_names,
+    texts_of,
+)
+from hawqkit.report.wording import (
+    DASH,
+    ELLIPSIS,
+    clean,
+    compact,
+    duration,
+    fixed,
+    gigabytes,
+    megabytes,
+    percent,
+    plural,
+    power_label,
+    scale_of_ten,
+    shorten,
+    significant,
+    with_error,
+)
+
+WIDTH = 80
+ENDS = 8  # rows at each end of a shortened table
+CELL = 7  # characters of one format's column with its space
+LEAST_NAME = 20
+
+
+def print_summary(
+    console: Console,
+    sensitivities: Sensitivities | None = None,
+    allocation: Allocation | None = None,
+    validation: Validation | None = None,
+    provenance: Provenance | None = None,
+    *,
+    full: bool = False,
+) -> None:
+    """Print every table that the given records allow, the result first.
+
+    Args:
+        console: where to print; tables are laid out for its width.
+        full: print every layer, not only the first and last ones.
+
+    Raises:
+        StateMismatch: the allocation was not made from these sensitivities.
+    """
+    parts: list[RenderableType] = list(result_tables(allocation, validation))
+    parts += agreement_tables(allocation, validation)
+    if sensitivities is not None:
+        parts.append(sensitivities_table(sensitivities, allocation))
+        parts.append(layers_table(sensitivities, allocation, full=full, width=console.width))
+    if provenance is not None and provenance.costs:
+        parts.append(cost_table(provenance.costs))
+    records = (sensitivities, allocation, validation)
+    for warning in (w for record in records if record is not None for w in record.warnings):
+        parts.append(Text(f"warning: {clean(warning)}\n"))
+    for part in parts:
+        console.print(part)
+
+
+def result_tables(
+    allocation: Allocation | None, validation: Validation | None = None
+) -> list[Table]:
+    """Return the result against the baselines: sizes and prediction, then a table for each text."""
+    rows = compare(allocation, validation)
+    if not rows:
+        return []
+    return [
+        _sizes_table(rows),
+        *(_text_table(rows, text) for text in texts_of(validation)),
+    ]
+
+
+def agreement_tables(
+    allocation: Allocation | None, validation: Validation | None
+) -> list[Table]:
+    """Return predicted against measured KL, a table for each text that has both."""
+    rows = compare(allocation, validation)
+    tables = []
+    for text in texts_of(validation):
+        found = agreements(rows, [text])
+        if not found:
+            continue
+        table = _table(f"Predicted and measured KL on {clean(text)}, nats")
+        _columns(table, "mix", "predicted", "with interactions", "measured", "measured / predicted")
+        for each in found:
+            table.add_row(
+                _name(each.name),
+                with_error(each.prediction.kl, each.prediction.kl_stderr),
+                with_error(each.prediction.joint, each.prediction.joint_stderr),
+                with_error(each.measured.kl, each.measured.kl_stderr),
+                with_error(each.ratio, each.ratio_stderr),
+                style="bold" if each.chosen else "",
+            )
+        tables.append(table)
+    return tables
+
+
+def layers_table(
+    sensitivities: Sensitivities,
+    allocation: Allocation | None = None,
+    *,
+    full: bool = False,
+    width: int = WIDTH,
+) -> Group:
+    """Return each layer with its format, stability, and predicted KL in every format.
+
+    Args:
+        full: every layer; otherwise the first and last eight, and how many lie between.
+        width: characters a line; formats that do not fit go to further tables.
+
+    Raises:
+        StateMismatch: the allocation was not made from these sensitivities.
+    """
+    score = score_used(sensitivities, allocation)
+    power = scale_of_ten([v for row in score.values for v in row if v is not None])
+    fixed_part = 4 + LEAST_NAME + (18 if allocation else 0)
+    chunk = max((max(width, WIDTH) - fixed_part) // CELL, 1)
+    bounds = [*range(0, len(sensitivities.formats), chunk), len(sensitivities.formats)]
+    tables: list[RenderableType] = []
+    for start, stop in pairwise(bounds):
+        formats = sensitivities.formats[start:stop]
+        table = _table(
+            f"Layers: predicted KL by the score {clean(score.name)}, in {power_label(power)}"
+        )
+        heads = ["layer", *(["format", "kept"] if allocation else [])]
+        _columns(table, *heads, *(f.replace("-", "\n", 1) for f in formats))
+        # Each cell of a format takes its column; what is left belongs to the name.
+        room = max(width, WIDTH) - fixed_part - CELL * len(formats) + LEAST_NAME
+        for index in _shown(len(sensitivities.layers), full):
+            if index is None:
+                hidden = len(sensitivities.layers) - 2 * ENDS
+                table.add_row(Text(f"{ELLIPSIS} {plural(hidden, 'more layer')}", style="italic"))
+                continue
+            cells = [compact(_scaled(v, power)) for v in score.values[index][start:stop]]
+            table.add_row(*_layer_head(sensitivities, allocation, index, room), *cells)
+        tables.append(table)
+    return Group(*tables)
+
+
+def sensitivities_table(
+    sensitivities: Sensitivities,
+    allocation: Allocation | None = None,
+    *,
+    top: int = 10,
+) -> Table:
+    """Return the layers that would suffer most, at the format whose width is nearest to 4 bits.
+
+    Raises:
+        StateMismatch: the allocation was not made from these sensitivities.
+    """
+    score = score_used(sensitivities, allocation)
+    column = min(range(len(sensitivities.formats)), key=lambda f: _from_four(sensitivities, f))
+    losses = [row[column] for row in score.values]
+    order = sorted(
+        (i for i, v in enumerate(losses) if v is not None), key=lambda i: -(losses[i] or 0.0)
+    )
+    power = scale_of_ten([v for v in losses if v is not None])
+    table = _table(
+        f"{plural(min(top, len(order)), 'most sensitive layer')} at "
+        f"{clean(sensitivities.formats[column])} (KL in {power_label(power)})"
+    )
+    _columns(table, "layer", "predicted KL", "trace", "participation ratio", "weights")
+    for index in order[:top]:
+        layer = sensitivities.layers[index]
+        table.add_row(
+            Text(shorten(layer.name, 34)),
+            with_error(
+                _scaled(losses[index], power), _scaled(score.stderr[index][column], power)
+            ),
+            with_error(sensitivities.trace[index], sensitivities.trace_stderr[index]),
+            significant(sensitivities.participation_ratio[index], 3),
+            f"{layer.numel / 1e6:.2f}M",
+        )
+    return table
+
+
+def cost_table(costs: Mapping[str, Cost]) -> Table:
+    """Return what each stage took, beside what `check` had predicted."""
+    table = _table("Cost (1 gradient-equivalent = one plain forward and backward pass)")
+    _columns(table, "stage", "time", "predicted", "gradient-eq.", "peak memory", "predicted")
+    for stage, cost in costs.items():
+        table.add_row(
+            _name(stage),
+            duration(cost.seconds),
+            duration(cost.predicted_seconds),
+            significant(cost.gradient_equivalents, 3),
+            gigabytes(cost.peak_memory_bytes),
+            gigabytes(cost.predicted_memory_bytes or 0),
+        )
+    if len(costs) > 1:
+        table.add_section()
+        table.add_row("all", duration(sum(c.seconds for c in costs.values())), "",
+                      significant(sum(c.gradient_equivalents for c in costs.values()), 3),
+                      gigabytes(max(c.peak_memory_bytes for c in costs.values())), "")  # fmt: skip
+    return table
+
+
+def _sizes_table(rows: Sequence[Row]) -> Table:
+    table = _table("Result: sizes, and predicted KL in nats")
+    targets = target_names(list(rows))
+    _columns(table, "mix", "average bits", "bits/ weight", *(f"MB, {clean(t)}" for t in targets), "predicted KL")
+    for row in rows:
+        p = row.prediction
+        table.add_row(
+            _name(row.name),
+            fixed(row.totals.average_bits, 3),
+            fixed(row.totals.bits_per_weight, 3),
+            *(megabytes(row.totals.size.get(target)) for target in targets),
+            with_error(p.kl, p.kl_stderr) if p else DASH,
+            style="bold" if row.chosen else "",
+        )
+    return table
+
+
+def _text_table(rows: Sequence[Row], text: str) -> Table:
+    table = _table(f"Measured on {clean(text)}: KL to the original model in nats")
+    _columns(table, "mix", "measured KL", "minus chosen", "same top-1", "perplexity")
+    for row in rows:
+        m = row.measured.get(text)
+        if m is None:
+            continue
+        table.add_row(
+            _name(row.name),
+            with_error(m.kl, m.kl_stderr),
+            DASH if row.chosen else with_error(m.difference, m.difference_stderr),
+            percent(m.same_top1),
+            significant(m.perplexity),
+            style="bold" if row.chosen else "",
+        )
+    return table
+
+
+def _layer_head(
+    sensitivities: Sensitivities, allocation: Allocation | None, index: int, room: int
+) -> list[Text | str]:
+    name = sensitivities.layers[index].name
+    head: list[Text | str] = [Text(shorten(name, room))]
+    if allocation is not None:
+        head += [Text(shorten(allocation.layers.get(name, DASH), 14)),
+                 percent(allocation.stability.get(name), 0)]  # fmt: skip
+    return head
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+
+
+def _columns(table: Table, first: str, *others: str) -> None:
+    """Add a column of names and columns of numbers; what is too long folds, nothing is dropped."""
+    table.add_column(Text(first), overflow="fold")
+    for header in others:
+        words = header in ("format",)
+        table.add_column(
+            Text(header), justify="left" if words else "right", overflow="fold", vertical="top"
+        )
+
+
+def _shown(count: int, full: bool) -> list[int | None]:
+    """Return the indices of the rows to print; None stands for what is left out."""
+    if full or count <= 2 * ENDS + 1:
+        return list(range(count))
+    return [*range(ENDS), None, *range(count - ENDS, count)]
+
+
+def _from_four(sensitivities: Sensitivities, column: int) -> float:
+    """Return how far a format is from 4 bits; far more where it fits few layers."""
+    name = sensitivities.formats[column]
+    misfits = sum(not parse_format(name).fits(layer.columns) for layer in sensitivities.layers)
+    return abs((parse_format(name).bits or 32) - 4) + 100 * misfits
+
+
+def _scaled(value: float | None, power: int) -> float | None:
+    return None if value is None else value / 10.0**power
+
+
+def _name(name: str) -> Text:
+    return Text(shorten(name, 16))
