@@ -33,7 +33,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
+    _class.add_implicit_resolver(  # type: ignore[no-untyped-call]
         "tag:yaml.org,2002:float",
         re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
         list("-+.0123456789"),
@@ -42,9 +42,15 @@ for _class in (_Loader, _Dumper):
 
 def write_yaml(data: dict[str, Any]) -> str:
     """Write plain data as YAML that `read_document` reads back equal."""
-    return yaml.dump(
-        data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True
+    text: str = yaml.dump(
+        data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        width=100,
+        allow_unicode=True,
     )
+    return text
 
 
 @dataclass
@@ -96,33 +102,36 @@ def read_document(file: File) -> Document:
     try:
         text = file.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
-        raise RecipeError(source, ["there is no such file; `hawqkit recipes` lists ours."]) from None
+        message = "there is no such file; `hawqkit recipes` lists those that come with hawqkit."
+        raise RecipeError(source, [message]) from None
     except IsADirectoryError:
         raise RecipeError(source, ["this is a folder; a recipe is a YAML file."]) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            source, [f"byte {error.start} is not UTF-8 text; a recipe is a YAML file in UTF-8."]
-        ) from None
+        message = f"byte {error.start} is not UTF-8 text; a recipe is a YAML file in UTF-8."
+        raise RecipeError(source, [message]) from None
     node = _compose(text, source)
     document = Document(source, {})
     if node is None:
         raise RecipeError(source, ["the file is empty; `hawqkit recipes` lists examples."])
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(source, [f"line {_line(node)}: a recipe is a mapping like `model: {{...}}`."])
-    document.data = _construct(node, document)
+        message = (
+            f"line {_line(node)}: not a mapping; a recipe has keys like `model: {{source: ...}}`."
+        )
+        raise RecipeError(source, [message])
+    document.data = _Builder(document).build(node)
     return document
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
     loader = _Loader(text)
     try:
-        return loader.get_single_node()  # type: ignore[no-any-return]
+        return loader.get_single_node()
     except yaml.YAMLError as error:
         raise RecipeError(source, [_yaml_message(error)]) from None
     except RecursionError:
         raise RecipeError(source, ["not a recipe: lists or mappings nest too deeply."]) from None
     finally:
-        loader.dispose()
+        loader.dispose()  # type: ignore[no-untyped-call]
 
 
 def _yaml_message(error: yaml.YAMLError) -> str:
@@ -133,7 +142,9 @@ def _yaml_message(error: yaml.YAMLError) -> str:
         what = " ".join(filter(None, [error.problem, error.context]))
         return f"{place}not YAML: {what}."
     if isinstance(error, yaml.reader.ReaderError):
-        return f"not YAML: the character {chr(error.character)!r} at {error.position} isn't allowed."
+        character = error.character  # a number, or bytes
+        shown = chr(character) if isinstance(character, int) else character
+        return f"not YAML: the character {shown!r} at position {error.position} is not allowed."
     return f"not YAML: {' '.join(str(error).split())}"
 
 
@@ -141,66 +152,67 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _construct(root: yaml.Node, document: Document) -> Any:
-    """Turn nodes into plain data, note their lines, and collect keys that stand twice."""
-    scalars = _Loader("")
-    budget = MOST_NODES
+class _Builder:
+    """Turns nodes into plain data, notes their lines, and collects keys that stand twice."""
 
-    def visit(node: yaml.Node, path: Path) -> Any:
-        nonlocal budget
-        budget -= 1
-        if budget < 0:
-            raise RecipeError(
-                document.source,
-                [f"line {_line(node)}: aliases nest to more than {MOST_NODES} entries; write them out."],
-            )
-        document.origins.setdefault(path, f"line {_line(node)}")
-        if isinstance(node, yaml.MappingNode):
-            return mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [visit(child, (*path, i)) for i, child in enumerate(node.value)]
-        return scalar(node, path)
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.scalars = _Loader("")
+        self.left = MOST_NODES
 
-    def scalar(node: yaml.Node, path: Path) -> Any:
+    def build(self, root: yaml.Node) -> Any:
         try:
-            return scalars.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+            return self.visit(root, ())
+        except RecursionError:
+            message = "an alias contains itself, or lists nest too deeply; write it out flat."
+            raise RecipeError(self.document.source, [message]) from None
+        finally:
+            self.scalars.dispose()  # type: ignore[no-untyped-call]
+
+    def visit(self, node: yaml.Node, path: Path) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            message = f"line {_line(node)}: aliases nest to more than {MOST_NODES} entries."
+            raise RecipeError(self.document.source, [message])
+        self.document.origins.setdefault(path, f"line {_line(node)}")
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.visit(child, (*path, i)) for i, child in enumerate(node.value)]
+        return self.scalar(node, path)
+
+    def scalar(self, node: yaml.Node, path: Path) -> Any:
+        try:
+            return self.scalars.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
         except (yaml.YAMLError, ValueError) as error:
             why = getattr(error, "problem", None) or str(error)
-            document.problems.append(locate(document, path, f"cannot read this value: {why}."))
+            self.complain(path, f"this value cannot be read: {why}.")
             return None
 
-    def mapping(node: yaml.MappingNode, path: Path) -> dict[Any, Any]:
-        result: dict[Any, Any] = {}
-        first: dict[Any, int] = {}
+    def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                document.problems.append(
-                    locate(document, path, f"line {_line(key_node)}: a key must be a plain word.")
-                )
+                self.complain(path, f"the key on line {_line(key_node)} must be a plain word.")
                 continue
             key = str(key_node.value)
-            if key in first:
-                document.problems.append(
-                    f"{show_path((*path, key))} (line {_line(key_node)}): this key stands twice (also on "
-                    f"line {first[key]}), and the two contradict each other; keep one."
+            inner = (*path, key)
+            if key in result:
+                self.complain(
+                    inner,
+                    f"this key stands again on line {_line(key_node)}; the two contradict "
+                    "each other, keep one.",
                 )
                 continue
-            first[key] = _line(key_node)
-            document.origins[(*path, key)] = f"line {_line(key_node)}"
-            result[key] = visit(value_node, (*path, key))
+            self.document.origins[inner] = f"line {_line(key_node)}"
+            result[key] = self.visit(value_node, inner)
         return result
 
-    try:
-        return visit(root, ())
-    except RecursionError:
-        raise RecipeError(document.source, ["an alias contains itself; write it out."]) from None
-    finally:
-        scalars.dispose()
+    def complain(self, path: Path, message: str) -> None:
+        self.document.problems.append(locate(self.document, path, message))
 
 
-def apply_overrides(
-    document: Document, overrides: Sequence[str], *, option: str = "--set"
-) -> None:
+def apply_overrides(document: Document, overrides: Sequence[str], *, option: str = "--set") -> None:
     """Change a document by `a.b=c`, where c is YAML; problems are added to the document's.
 
     `option` is what the user typed before it, for messages.
@@ -255,7 +267,7 @@ def _override_value(document: Document, override: str, text: str, option: str) -
         document.problems.append(f"{option} {override}: {error.problems[0]}")
         return _BAD
     inner = Document(f"{option} {override}", {})
-    value = None if node is None else _construct(node, inner)
+    value = None if node is None else _Builder(inner).build(node)
     document.problems += [f"{option} {override}: {problem}" for problem in inner.problems]
     return value
 

@@ -85,7 +85,8 @@ def _sound_parts(data: Mapping[str, Any], problems: Mapping[Path, str]) -> dict[
         elif wrong:
             value = None
         try:
-            adapter = TypeAdapter(Annotated[info.annotation, *info.metadata])
+            kind: Any = Annotated[info.annotation, key, *info.metadata]
+            adapter: TypeAdapter[Any] = TypeAdapter(kind)
             parts[name] = None if value is None else adapter.validate_python(value)
         except ValidationError:
             parts[name] = None
@@ -103,5 +104,3 @@ def _without(value: Any, paths: Sequence[Path]) -> Any:
             here = here[step]
         here.pop(path[-1], None)
     return copy
-
-

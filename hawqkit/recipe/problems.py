@@ -51,14 +51,12 @@ def explain(
 ) -> dict[Path, str]:
     """Return one complete message for each path of the document that has errors.
 
-    A value that may be one of several types has one error for each of them; they become one message.
+    A value that may be one of several types has an error for each of them: one message says all.
     """
     grouped: dict[Path, list[ErrorDetails]] = {}
     for error in errors:
         grouped.setdefault(_real_path(error, document.data), []).append(error)
-    return {
-        path: locate(document, path, _message(path, group, schema)) for path, group in grouped.items()
-    }
+    return {p: locate(document, p, _message(p, group, schema)) for p, group in grouped.items()}
 
 
 def _real_path(error: ErrorDetails, data: Any) -> Path:
@@ -66,9 +64,8 @@ def _real_path(error: ErrorDetails, data: Any) -> Path:
     path: list[str | int] = []
     here = data
     for step in error["loc"]:
-        if isinstance(here, dict) and step in here:
-            here = here[step]
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
+        inside = isinstance(here, dict) and step in here
+        if inside or (isinstance(here, list) and isinstance(step, int) and step < len(here)):
             here = here[step]
         elif error["type"] != "missing" or step != error["loc"][-1]:
             continue
@@ -83,7 +80,7 @@ def _message(path: Path, errors: Sequence[ErrorDetails], schema: type[BaseModel]
         return _unknown_key(path, schema)
     if kind == "missing":
         known = _field_at(schema, path)
-        about = known.description if known is not None and known.description else "it has no default"
+        about = known.description if known is not None else "it has no default"
         return f"is missing, and a recipe needs it: {about}."
     if kind == "unknown_name":
         known_names = context["known"]
@@ -117,12 +114,17 @@ def _not_allowed(came: Any, errors: Sequence[ErrorDetails]) -> str:
         else:
             wanted.append(_WANTED.get(error["type"], error["msg"]).format(**context))
     allowed = ", ".join(names) + (" or " if names and wanted else "") + " or ".join(wanted)
-    hint = did_you_mean(came, names) if isinstance(came, str) else ""
-    if not hint and wanted == ["text"] and not names and not isinstance(came, list | dict):
-        hint = " Write it in quotes." if came is not None else ""
-    if isinstance(came, str) and any("number" in w for w in wanted) and re.fullmatch(r"[\d.]+", came):
-        hint = " Write it without quotes."
+    hint = _hint(came, names, wanted)
     return f"{_shown(came)} is not allowed here; allowed: {allowed}.{hint}"
+
+
+def _hint(came: Any, names: Sequence[str], wanted: Sequence[str]) -> str:
+    """Say the nearest name, or whether quotes are missing or too many."""
+    if isinstance(came, str):
+        number = any("number" in w for w in wanted) and re.fullmatch(r"[\d.]+", came)
+        return " Write it without quotes." if number else did_you_mean(came, names)
+    plain = came is not None and not isinstance(came, list | dict)
+    return " Write it in quotes." if plain and wanted == ["text"] and not names else ""
 
 
 def _shown(came: Any) -> str:

@@ -18,7 +18,22 @@ from pydantic import (
 
 from hawqkit.recipe.consistency import BUILTIN, contradictions
 from hawqkit.recipe.document import show_path, write_yaml
-from hawqkit.recipe.values import *
+from hawqkit.recipe.values import (
+    SIZED_TARGETS,
+    Device,
+    FormatName,
+    NonEmpty,
+    Number,
+    Positive,
+    RuntimeName,
+    ScoreName,
+    Size,
+    SizedTargetName,
+    TargetName,
+    TextName,
+    distinct,
+)
+
 
 class Section(BaseModel):
     """A mapping of a recipe: unknown keys are refused, values never change."""
@@ -32,84 +47,112 @@ class ModelSection(Section):
     source: NonEmpty = Field(
         description="a hub id, a local folder, a GGUF file, or package:NAME/FILE"
     )
-    revision: StrictStr | None = Field(None, description="branch, tag or commit of a hub id")
+    revision: StrictStr | None = Field(
+        default=None, description="branch, tag or commit of a hub id"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="dtype to compute in; auto keeps the stored one"
+        default="auto", description="dtype to compute in; auto keeps the stored one"
     )
-    device: Annotated[StrictStr, AfterValidator(_device)] = Field(
-        "auto", description="auto takes the accelerator if there is one"
-    )
+    device: Device = Field(default="auto", description="auto takes the accelerator if there is one")
     trust_remote_code: StrictBool = Field(
-        False, description="whether code that comes with the model may run"
+        default=False, description="whether code that comes with the model may run"
     )
-    task: Literal["causal-lm"] = Field("causal-lm", description="what the model predicts")
+    task: Literal["causal-lm"] = Field(default="causal-lm", description="what the model predicts")
 
 
 class TextSection(Section):
     """A text, and how it is cut into sequences."""
 
     source: NonEmpty = Field(
-        BUILTIN, description="builtin, a .txt, .jsonl or .parquet file, or a data set's hub id"
+        default=BUILTIN,
+        description="builtin, a .txt, .jsonl or .parquet file, or a data set's hub id",
     )
-    split: NonEmpty = Field("calibration", description="calibration or held-out for builtin")
-    config: StrictStr | None = Field(None, description="configuration of a data set")
-    column: StrictStr | None = Field(None, description="column that holds the text or messages")
+    split: NonEmpty = Field(
+        default="calibration", description="calibration or held-out for builtin"
+    )
+    config: StrictStr | None = Field(default=None, description="configuration of a data set")
+    column: StrictStr | None = Field(
+        default=None, description="column that holds the text or messages"
+    )
     packing: Literal["packed", "padded"] = Field(
-        "packed", description="packed fills every sequence; padded keeps one document in each"
+        default="packed",
+        description="packed fills every sequence; padded keeps one document in each",
     )
-    answers_only: StrictBool = Field(False, description="count only the assistant's answers")
-    sequences: StrictInt = Field(64, ge=2, description="number of sequences; errors need two")
-    length: StrictInt = Field(256, ge=2, description="tokens of a sequence")
-    seed: StrictInt = Field(0, ge=0, description="seed of the choice of windows")
+    answers_only: StrictBool = Field(
+        default=False, description="count only the assistant's answers"
+    )
+    sequences: StrictInt = Field(
+        default=64, ge=2, description="number of sequences; errors need two"
+    )
+    length: StrictInt = Field(default=256, ge=2, description="tokens of a sequence")
+    seed: StrictInt = Field(default=0, ge=0, description="seed of the choice of windows")
 
 
 class CalibrationSection(TextSection):
     """The text that measures sensitivities."""
 
     withheld: StrictInt = Field(
-        32, ge=0, description="sequences kept from choosing, which predict the chosen mix's loss"
+        default=32,
+        ge=0,
+        description="sequences kept from choosing, which predict the chosen mix's loss",
     )
 
 
 class HeldOutSection(TextSection):
     """A text on which validation measures; the choice never sees it."""
 
-    split: NonEmpty = Field("held-out", description="calibration or held-out for builtin")
-    sequences: StrictInt = Field(16, ge=2, description="number of sequences; errors need two")
+    split: NonEmpty = Field(default="held-out", description="calibration or held-out for builtin")
+    sequences: StrictInt = Field(
+        default=16, ge=2, description="number of sequences; errors need two"
+    )
 
 
 class LayersSection(Section):
     """Which layers are measured and quantized."""
 
-    include: tuple[NonEmpty, ...] = Field(("*",), min_length=1, description="patterns of names")
-    exclude: tuple[NonEmpty, ...] = Field(("lm_head",), description="patterns of names to leave")
+    include: tuple[NonEmpty, ...] = Field(
+        default=("*",), min_length=1, description="patterns of names"
+    )
+    exclude: tuple[NonEmpty, ...] = Field(
+        default=("lm_head",), description="patterns of names to leave"
+    )
     misfits: Literal["refuse", "skip"] = Field(
-        "refuse", description="a layer whose columns a group size does not divide"
+        default="refuse", description="a layer whose columns a group size does not divide"
     )
 
 
 class SensitivitySection(Section):
     """How sensitivities are measured and which score decides."""
 
-    score: ScoreName = Field("auto", description="which prediction of the loss decides")
+    score: ScoreName = Field(default="auto", description="which prediction of the loss decides")
     batch: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="sequences of a micro-batch; the numbers don't depend on it"
+        default="auto", description="sequences of a micro-batch; the numbers don't depend on it"
     )
-    checkpointing: StrictBool = Field(False, description="trade time for memory; equal numbers")
+    checkpointing: StrictBool = Field(
+        default=False, description="trade time for memory; equal numbers"
+    )
     cache: Literal["auto", "codes", "none"] = Field(
-        "auto", description="keep the codes of all formats, or make them layer by layer"
+        default="auto", description="keep the codes of all formats, or make them layer by layer"
     )
-    positions: StrictInt = Field(16, ge=1, description="sampled positions a sequence, token score")
-    seed: StrictInt = Field(0, ge=0, description="seed of the labels that the model draws")
-    risk: Number = Field(0.0, ge=0, description="standard deviations added to every score")
+    positions: StrictInt = Field(
+        default=16, ge=0, description="sampled positions a sequence; 0 leaves the token scores out"
+    )
+    seed: StrictInt = Field(default=0, ge=0, description="seed of the labels that the model draws")
+    risk: Number = Field(default=0.0, ge=0, description="standard deviations added to every score")
 
 
 class BudgetSection(Section):
     """What the chosen mix may take; several limits hold together."""
 
-    average_bits: Positive | None = Field(None, description="bits of the codes, mean over entries")
-    bits_per_weight: Positive | None = Field(None, description="the same with scales and padding")
-    size: Size | None = Field(None, description="bytes of the files: 80MB, 0.5GiB, or a number")
+    average_bits: Positive | None = Field(
+        default=None, description="bits of the codes, mean over entries"
+    )
+    bits_per_weight: Positive | None = Field(
+        default=None, description="the same with scales and padding"
+    )
+    size: Size | None = Field(
+        default=None, description="bytes of the files: 80MB, 0.5GiB, or a number"
+    )
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
@@ -129,42 +172,50 @@ class ValidateSection(Section):
     """What validation measures beside the chosen mix."""
 
     baselines: Annotated[
-        tuple[Literal["uniform", "ends", "weight-error", "hawq-v2"], ...], AfterValidator(_distinct)
-    ] = Field(("uniform", "ends", "weight-error", "hawq-v2"), description="other mixes, same budget")
+        tuple[Literal["uniform", "ends", "weight-error", "hawq-v2"], ...], AfterValidator(distinct)
+    ] = Field(
+        default=("uniform", "ends", "weight-error", "hawq-v2"),
+        description="other mixes within the same budget",
+    )
 
 
 class StabilitySection(Section):
     """How often the choice would come out the same."""
 
-    draws: StrictInt = Field(32, ge=0, description="resampled probes; 0 leaves stability out")
+    draws: StrictInt = Field(
+        default=32, ge=0, description="resampled probes; 0 leaves stability out"
+    )
 
 
 class Recipe(Section):
-    """Everything a run is told; attributes carry the names of the file, `validate` is `validation`."""
+    """Everything a run is told. The key `validate` is the attribute `validation`."""
 
     model: ModelSection = Field(description="the model, as in model: {source: FOLDER}")
     calibration: CalibrationSection = CalibrationSection()
     held_out: HeldOutSection = HeldOutSection()
-    other_texts: dict[Annotated[str, AfterValidator(_text_name)], HeldOutSection] = Field(
-        {}, description="further texts on which validation measures, the shift reported apart"
+    other_texts: dict[TextName, HeldOutSection] = Field(
+        default={},
+        description="further texts on which validation measures, the shift reported apart",
     )
     layers: LayersSection = LayersSection()
-    formats: Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(_distinct)] = Field(
-        description="formats to choose from, as in formats: [int3-g64, int4-g64, int8-g64]"
+    formats: Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(distinct)] = (
+        Field(description="formats to choose from, as in formats: [int3-g64, int4-g64, int8-g64]")
     )
     sensitivity: SensitivitySection = SensitivitySection()
     rounding: Literal["searched", "nearest"] = Field(
-        "searched", description="searched takes the best of a few scales for each group"
+        default="searched", description="searched takes the best of a few scales for each group"
     )
-    runtime: RuntimeName = Field("transformers", description="which layers must share a format")
+    runtime: RuntimeName = Field(
+        default="transformers", description="which layers must share a format"
+    )
     budget: BudgetSection = Field(description="the limits, as in budget: {average_bits: 4.0}")
     size_target: SizedTargetName | None = Field(
-        None, description="target whose bytes budget.size counts"
+        default=None, description="target whose bytes budget.size counts"
     )
-    export: Annotated[tuple[TargetName, ...], AfterValidator(_distinct)] = Field(
-        ("compressed-tensors", "bits"), description="targets to write"
+    export: Annotated[tuple[TargetName, ...], AfterValidator(distinct)] = Field(
+        default=("compressed-tensors", "bits"), description="targets to write"
     )
-    validation: ValidateSection = Field(ValidateSection(), alias="validate")
+    validation: ValidateSection = Field(default=ValidateSection(), alias="validate")
     stability: StabilitySection = StabilitySection()
 
     @model_validator(mode="after")
@@ -175,7 +226,7 @@ class Recipe(Section):
         return self
 
     def counted_target(self) -> str:
-        """Return the target whose bytes `size` counts: the one asked for, or the first with weights."""
+        """Return the target whose bytes `size` counts: as asked, or the first that has a size."""
         sized = [name for name in self.export if name in SIZED_TARGETS]
         return self.size_target or (sized[0] if sized else SIZED_TARGETS[0])
 
@@ -193,5 +244,3 @@ def recipe_schema() -> dict[str, Any]:
 def schema_text() -> str:
     """Return `recipe.schema.json` as it is shipped."""
     return json.dumps(recipe_schema(), indent=2) + "\n"
-
-

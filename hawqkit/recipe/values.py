@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictStr, WithJsonSchema
 
@@ -20,6 +20,7 @@ HELD_OUT = "held-out"  # the name of the held-out text among those that validati
 # Targets that write weights; the others have no size worth a budget.
 SIZED_TARGETS = ("compressed-tensors",)
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 _UNITS = {"B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate(("k", "M", "G", "T"))}}
 _UNITS |= {"KB": 1000, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}}
 
@@ -35,11 +36,12 @@ def parse_bytes(size: int | str) -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool):
         return size
-    allowed = f"allowed: whole bytes, or a number with one of {', '.join(_UNITS)}, like 80MB or 0.5GiB."
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", size) if isinstance(size, str) else None
+    allowed = (
+        f"allowed: whole bytes, or a number and one of {', '.join(_UNITS)}, like 80MB or 0.5GiB."
+    )
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if match is None:
-        shown = f"{size!r} (a part of a byte)" if isinstance(size, float) else repr(size)
-        raise ValueError(f"{shown} is not a size; {allowed}")
+        raise ValueError(f"{size!r} is not a size; {allowed}")
     number, unit = match.groups()
     if unit not in _UNITS:
         near = [u for u in _UNITS if u.lower() == unit.lower()]
@@ -48,15 +50,17 @@ def parse_bytes(size: int | str) -> int:
     return int(Decimal(number) * _UNITS[unit])
 
 
-def _known(what: str, names: Sequence[str]) -> tuple[Any, Any]:
-    """Return the validator of a name that stands in a table, and its JSON schema."""
-
+def _one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
     def check(name: str) -> str:
         if name not in names:
             raise unknown_name(what, name, names)
         return name
 
-    return AfterValidator(check), WithJsonSchema({"type": "string", "enum": list(names)})
+    return check
+
+
+def _enum(names: Sequence[str]) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "enum": list(names)})
 
 
 def _format(name: str) -> str:
@@ -66,7 +70,8 @@ def _format(name: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+def distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a list that names something twice."""
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} stands more than once; name each once.")
@@ -84,28 +89,28 @@ def _text_name(name: str) -> str:
 
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|[a-z]+(:\d+)?", name):
-        raise ValueError(f"{name!r} is not a device; allowed: auto, cpu, cuda, cuda:0, mps and the like.")
+        raise ValueError(
+            f"{name!r} is not a device; allowed: auto, cpu, cuda, cuda:0, mps and the like."
+        )
     return name
 
+
+_SCORES = score_names()
+_RUNTIMES = tuple(RUNTIMES)
+_TARGETS = tuple(TARGETS)
 
 NonEmpty = Annotated[StrictStr, Field(min_length=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-FormatName = Annotated[
+Size = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0)]
+Device = Annotated[StrictStr, AfterValidator(_device)]
+TextName = Annotated[str, AfterValidator(_text_name)]
+FormatName = Annotated[StrictStr, AfterValidator(_format), _enum(format_names())]
+ScoreName = Annotated[StrictStr, AfterValidator(_one_of("score", _SCORES)), _enum(_SCORES)]
+RuntimeName = Annotated[StrictStr, AfterValidator(_one_of("runtime", _RUNTIMES)), _enum(_RUNTIMES)]
+TargetName = Annotated[StrictStr, AfterValidator(_one_of("target", _TARGETS)), _enum(_TARGETS)]
+SizedTargetName = Annotated[
     StrictStr,
-    AfterValidator(_format),
-    WithJsonSchema({"type": "string", "enum": list(format_names())}),
+    AfterValidator(_one_of("target of which a size is known", SIZED_TARGETS)),
+    _enum(SIZED_TARGETS),
 ]
-_SCORE = _known("score", score_names())
-_RUNTIME = _known("runtime", tuple(RUNTIMES))
-_TARGET = _known("target", tuple(TARGETS))
-_SIZED = _known("target with a size", tuple(n for n in TARGETS if n in SIZED_TARGETS))
-ScoreName = Annotated[StrictStr, _SCORE[0], _SCORE[1]]
-RuntimeName = Annotated[StrictStr, _RUNTIME[0], _RUNTIME[1]]
-TargetName = Annotated[StrictStr, _TARGET[0], _TARGET[1]]
-SizedTargetName = Annotated[StrictStr, _SIZED[0], _SIZED[1]]
-Size = Annotated[
-    int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)
-]
-
-

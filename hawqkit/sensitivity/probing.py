@@ -92,47 +92,131 @@ def probe(
         NumericalError: weights or gradients are not finite.
         StateMismatch: the journal belongs to another model, data, format list or seed.
     """
-    settings = settings or ProbeSettings()
-    layers, skipped = fitting_layers(model, formats, settings.misfits)
-    size = micro_batch_size(settings.batch, batches.facts.length, model.device.type)
-    facts = probe_facts(model, batches, layers, formats, settings)
-    journal = open_journal(folder, facts)
-    errors = layer_errors(model, layers, formats, settings, track)
-    weights = {layer.name: model.weight(layer.name) for layer in layers}
-    tasks = list(enumerate(batches.micro_batches(size)))
-    mine = list(distributed.processes().mine(tasks))
-    results: dict[int, Arrays] = {}
-    with DualProbe(
-        model.module,
-        layers,
-        weights,
-        errors,
-        formats=formats,
-        positions=settings.positions,
-        seed=settings.seed,
-        checkpointing=settings.checkpointing,
-    ) as dual:
-        for number, batch in track(mine, "probe", len(mine)):
-            found = journal.read(number) if journal else None
-            if found is None:
-                found = dual.measure(batch)
-                if journal:
-                    journal.write(number, found)
-            results[number] = found
-    everyone: dict[int, Arrays] = {}
-    for part in distributed.gather(results):
-        everyone |= part
-    return summarize(
-        join_samples([everyone[n] for n in sorted(everyone)], batches),
-        weight_errors(layers, formats, errors),
-        model=model.facts,
-        data=batches.facts,
-        layers=layers,
-        skipped=skipped,
-        formats=formats,
-        rounding=settings.rounding,
-        fingerprint=fingerprint(facts),
-    )
+    prober = Prober(model, batches, formats, settings or ProbeSettings(), folder)
+    prober.prepare(track)
+    with prober:
+        for number in track(prober.mine, "probe", len(prober.mine)):
+            prober.measure(number)
+    return prober.finish()
+
+
+class Prober:
+    """The steps of `probe`, for callers that time them: prepare, measure each of `mine`, finish.
+
+    Attributes:
+        layers: what is measured; all formats fit each of them.
+        facts: everything that the results depend on; their hash is `fingerprint`.
+        mine: numbers of this process's micro-batches.
+        count: number of all micro-batches.
+        keep: `codes` or `none`, what the cache holds (known after `prepare`).
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        batches: Sequences,
+        formats: Sequence[str],
+        settings: ProbeSettings,
+        folder: str | Path | None = None,
+    ) -> None:
+        self._model, self._batches, self._settings = model, batches, settings
+        self.formats = tuple(formats)
+        self.layers, self.skipped = fitting_layers(model, formats, settings.misfits)
+        self.size = micro_batch_size(settings.batch, batches.facts.length, model.device.type)
+        self.facts = self._facts()
+        self.fingerprint = fingerprint(self.facts)
+        self._journal = _open_journal(folder, self.facts)
+        self.count = -(-len(batches) // self.size)
+        self.mine = list(distributed.processes().mine(range(self.count)))
+        self.keep = settings.cache
+        self._errors: dict[str, LayerErrors] = {}
+        self._results: dict[int, Arrays] = {}
+        self._dual: DualProbe | None = None
+
+    def prepare(self, track: Track = untracked) -> None:
+        """Round every layer to every format, and keep what is needed to make the errors again."""
+        parsed = [f for f in parse_formats(self.formats) if f.quantizes]
+        self.keep = choose_cache(
+            self._settings.cache, self.layers, len(parsed), str(self._model.device)
+        )
+        for layer in track(self.layers, "round", len(self.layers)):
+            try:
+                self._errors[layer.name] = make_errors(
+                    self._model.weight(layer.name),
+                    parsed,
+                    rounding=self._settings.rounding,
+                    scale_dtype=scale_dtype_for(layer.dtype),
+                    keep=self.keep,
+                )
+            except NumericalError as error:
+                raise NumericalError(f"layer {layer.name}: {error}") from error
+
+    def __enter__(self) -> Prober:
+        """Put the probe's hooks into the model."""
+        self._dual = DualProbe(
+            self._model.module,
+            self.layers,
+            {layer.name: self._model.weight(layer.name) for layer in self.layers},
+            self._errors,
+            formats=self.formats,
+            positions=self._settings.positions,
+            seed=self._settings.seed,
+            checkpointing=self._settings.checkpointing,
+        )
+        self._dual.__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        """Take the hooks out again."""
+        if self._dual is not None:
+            self._dual.__exit__(*reason)
+            self._dual = None
+
+    def measure(self, number: int) -> bool:
+        """Measure a micro-batch, or take it from the journal; return whether it was measured."""
+        found = self._journal.read(number) if self._journal else None
+        measured = found is None
+        if found is None:
+            assert self._dual is not None, "measure() needs the with block"
+            start = number * self.size
+            rows = range(start, min(start + self.size, len(self._batches)))
+            found = self._dual.measure(self._batches.micro_batch(rows))
+            if self._journal:
+                self._journal.write(number, found)
+        self._results[number] = found
+        return measured
+
+    def finish(self) -> Sensitivities:
+        """Gather every process's micro-batches and evaluate all scores."""
+        everyone: dict[int, Arrays] = {}
+        for part in distributed.gather(self._results):
+            everyone |= part
+        return summarize(
+            join_samples([everyone[n] for n in sorted(everyone)], self._batches),
+            weight_errors(self.layers, self.formats, self._errors),
+            model=self._model.facts,
+            data=self._batches.facts,
+            layers=self.layers,
+            skipped=self.skipped,
+            formats=self.formats,
+            rounding=self._settings.rounding,
+            fingerprint=self.fingerprint,
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self._model.facts.hash,
+            "data": self._batches.facts.hash,
+            "layers": [layer.name for layer in self.layers],
+            "formats": list(self.formats),
+            "rounding": self._settings.rounding,
+            "positions": self._settings.positions,
+            "seed": self._settings.seed,
+            "batch": self.size,
+            "dtype": str(next(self._model.module.parameters()).dtype).removeprefix("torch."),
+            "device": self._model.device.type,
+        }
 
 
 def parse_formats(formats: Sequence[str]) -> list[Format]:
@@ -198,30 +282,7 @@ def micro_batch_size(asked: int | str, length: int, device_type: str) -> int:
     return max(2, min(MOST_SEQUENCES, tokens // max(length, 1)))
 
 
-def probe_facts(
-    model: LoadedModel,
-    batches: Sequences,
-    layers: Sequence[Layer],
-    formats: Sequence[str],
-    settings: ProbeSettings,
-) -> dict[str, Any]:
-    """Return everything that the samples depend on; its hash is the run's fingerprint."""
-    return {
-        "schema": SCHEMA,
-        "model": model.facts.hash,
-        "data": batches.facts.hash,
-        "layers": [layer.name for layer in layers],
-        "formats": list(formats),
-        "rounding": settings.rounding,
-        "positions": settings.positions,
-        "seed": settings.seed,
-        "batch": micro_batch_size(settings.batch, batches.facts.length, model.device.type),
-        "dtype": str(next(model.module.parameters()).dtype).removeprefix("torch."),
-        "device": model.device.type,
-    }
-
-
-def open_journal(folder: str | Path | None, facts: dict[str, Any]) -> Journal | None:
+def _open_journal(folder: str | Path | None, facts: dict[str, Any]) -> Journal | None:
     """Open the journal: the main process writes its facts before the others look."""
     if folder is None:
         return None
@@ -231,31 +292,6 @@ def open_journal(folder: str | Path | None, facts: dict[str, Any]) -> Journal | 
     if distributed.processes().is_main:
         distributed.wait()
     return journal
-
-
-def layer_errors(
-    model: LoadedModel,
-    layers: Sequence[Layer],
-    formats: Sequence[str],
-    settings: ProbeSettings,
-    track: Track = untracked,
-) -> dict[str, LayerErrors]:
-    """Round every layer to every format, and keep what is needed to make the errors again."""
-    parsed = [f for f in parse_formats(formats) if f.quantizes]
-    keep = choose_cache(settings.cache, layers, len(parsed), str(model.device))
-    errors = {}
-    for layer in track(layers, "round", len(layers)):
-        try:
-            errors[layer.name] = make_errors(
-                model.weight(layer.name),
-                parsed,
-                rounding=settings.rounding,
-                scale_dtype=scale_dtype_for(layer.dtype),
-                keep=keep,
-            )
-        except NumericalError as error:
-            raise NumericalError(f"layer {layer.name}: {error}") from error
-    return errors
 
 
 def choose_cache(asked: str, layers: Sequence[Layer], formats: int, device: str) -> str:

@@ -1,0 +1,77 @@
+"""`hawqkit allocate`: choose again from a saved run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hawqkit.cli.options import run_argument
+
+if TYPE_CHECKING:
+    from hawqkit.records import Allocation
+
+
+@click.command()
+@run_argument
+@click.option(
+    "--budget",
+    "budgets",
+    metavar="NAME=LIMIT",
+    multiple=True,
+    help="average_bits=4.5, bits_per_weight=4.7 or size=80MB; may be repeated, all limits hold.",
+)
+@click.option("--runtime", metavar="NAME", help="Which layers must share a format.")
+@click.option("--score", metavar="NAME", help="Which prediction of the loss decides.")
+@click.option(
+    "--risk",
+    type=click.FloatRange(min=0),
+    help="Standard deviations added to every score.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the allocation.  [default: RUN/allocation.json]",
+)
+def allocate(
+    folder: Path,
+    budgets: tuple[str, ...],
+    runtime: str | None,
+    score: str | None,
+    risk: float | None,
+    output: Path | None,
+) -> None:
+    """Choose again from the sensitivities of RUN; needs no torch and no model.
+
+    What is not given comes from the run's recipe.
+    """
+    from hawqkit import pipeline
+    from hawqkit.recipe import load_budget
+
+    limits = load_budget(budgets).limits() if budgets else None
+    allocation = pipeline.allocate_run(
+        folder, budgets=limits, runtime=runtime, score=score, risk=risk, output=output
+    )
+    click.echo(describe(allocation))
+    click.echo(f"written to {output or folder / 'allocation.json'}")
+
+
+def describe(allocation: Allocation) -> str:
+    """Return an allocation in a few lines."""
+    totals = allocation.totals
+    sizes = "".join(f", {size:,} bytes as {target}" for target, size in totals.size.items())
+    widths = Counter(allocation.layers.values())
+    lines = [
+        f"{totals.average_bits:.4f} average bits, {totals.bits_per_weight:.4f} bits per weight{sizes}",
+        "layers: " + ", ".join(f"{n} x {name}" for name, n in sorted(widths.items())),
+        f"score {allocation.score}: {allocation.objective:.5f} nats, solved to a relative gap of "
+        f"{allocation.certificate.relative_gap:.1e}",
+    ]
+    if allocation.prediction is not None:
+        p = allocation.prediction
+        lines.append(f"predicted KL {p.kl:.5f} +- {p.kl_stderr:.5f} nats, from withheld sequences")
+    return "\n".join([*lines, *(f"warning: {w}" for w in allocation.warnings)])

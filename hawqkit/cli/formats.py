@@ -1,0 +1,43 @@
+"""`hawqkit formats`: every number format and what it takes."""
+
+from __future__ import annotations
+
+import click
+
+SHAPE = (4096, 4096)  # rows, columns: an attention projection of a 7B model
+STORED_BITS = 16
+
+
+@click.command()
+def formats() -> None:
+    """List the number formats, with the bits that each entry of a weight really takes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hawqkit.formats import format_names, parse_format
+
+    rows, columns = SHAPE
+    table = Table(
+        title=f"Formats, with bits per weight of a {rows} x {columns} layer stored in bfloat16",
+        title_justify="left",
+        box=None,
+    )
+    for heading, justify in (
+        ("format", "left"),
+        ("bits", "right"),
+        ("columns a scale", "right"),
+        ("zero point", "left"),
+        ("bits per weight", "right"),
+    ):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in format_names():
+        format_ = parse_format(name)
+        taken = format_.total_bits(rows, columns, STORED_BITS) / (rows * columns)
+        table.add_row(
+            name,
+            "stored" if format_.bits is None else str(format_.bits),
+            "-" if format_.bits is None else str(format_.group_size or "all"),
+            "-" if format_.symmetric else "yes",
+            f"{taken:.4f}",
+        )
+    Console().print(table)

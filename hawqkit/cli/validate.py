@@ -1,0 +1,18 @@
+"""`hawqkit validate`: measure a run's allocation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hawqkit.cli.options import run_argument
+
+
+@click.command()
+@run_argument
+def validate(folder: Path) -> None:
+    """Measure the allocation of RUN and its baselines on text that the choice never saw."""
+    from hawqkit import pipeline
+
+    pipeline.validate_run(folder)

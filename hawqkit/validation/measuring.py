@@ -1,0 +1,151 @@
+"""Run the original and the quantized model over held-out text and keep what differs, token by token.
+
+Letters: S sequences, T positions, V vocabulary, N counted predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hawqkit.costs import available_bytes
+from hawqkit.models.batches import MicroBatch, Sequences
+from hawqkit.models.model import LoadedModel
+from hawqkit.quantize.apply import applied
+from hawqkit.records import Floats, Integers
+
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+ROWS = 128  # positions handled at once: bounds temporaries to ROWS * V numbers
+KEEP_SHARE = 0.2  # of the free memory, that the original's logits may take
+KEEP_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class TokenResults:
+    """What one model does on each counted prediction of one text.
+
+    Attributes:
+        sequence: (N,) sequence of the prediction.
+        kl: (N,) KL(original || this) in nats.
+        same_top1: (N,) 1 where the most likely token is the original's.
+        loss: (N,) cross-entropy of the true token, in nats.
+    """
+
+    sequence: Integers
+    kl: Floats
+    same_top1: Floats
+    loss: Floats
+
+
+def measure_text(
+    model: LoadedModel,
+    mixes: Mapping[str, Mapping[str, str]],
+    text: Sequences,
+    *,
+    rounding: str,
+    batch: int = 4,
+    track: Track,
+    stage: str = "validate",
+) -> tuple[TokenResults, dict[str, TokenResults]]:
+    """Measure every mix against the original model on one text.
+
+    The original's logits are kept where they take little memory, and made again beside each mix where
+    they do not; the results are the same. The model is restored bit for bit, also when something
+    raises.
+
+    Args:
+        model: the original.
+        mixes: name -> (layer -> format).
+        text: held-out sequences.
+        rounding: as in the run that chose.
+        batch: sequences that go through the model together.
+        track: shows progress over forward passes.
+        stage: the name that progress is shown under.
+
+    Returns:
+        results of the original (its `kl` is zero) and of each mix.
+    """
+    batches = list(text.micro_batches(batch))
+    vocabulary = _vocabulary(model)
+    wanted = int(text.facts.counted) * vocabulary * 4
+    keep = wanted <= min(KEEP_BYTES, KEEP_SHARE * available_bytes(str(model.device)))
+    passes = iter(
+        track(
+            range(len(batches) * (1 + len(mixes) * (1 if keep else 2))),
+            stage,
+            len(batches) * (1 + len(mixes) * (1 if keep else 2)),
+        )
+    )
+    kept: list[Tensor] = []
+    original = []
+    for part in batches:
+        logits = _counted_logits(model, part, passes)
+        original.append(_compare(logits, logits, part))
+        if keep:
+            kept.append(logits)
+    results = {}
+    for name, mix in mixes.items():
+        parts = []
+        with applied(model, mix, rounding=rounding) as switch:
+            for number, part in enumerate(batches):
+                if keep:
+                    reference = kept[number]
+                else:
+                    switch.original()
+                    reference = _counted_logits(model, part, passes)
+                    switch.quantized()
+                parts.append(_compare(reference, _counted_logits(model, part, passes), part))
+        results[name] = _join(parts)
+    next(passes, None)  # lets a progress bar see its end
+    return _join(original), results
+
+
+def _vocabulary(model: LoadedModel) -> int:
+    head = model.module.get_output_embeddings()  # type: ignore[operator]
+    return int(head.weight.shape[0])
+
+
+@torch.no_grad()
+def _counted_logits(model: LoadedModel, part: MicroBatch, passes: Iterator[Any]) -> Tensor:
+    """Return the logits of counted predictions, (n, V) in float32 or better."""
+    next(passes)
+    device = model.device
+    out = model.module(
+        input_ids=part.tokens.to(device), attention_mask=part.attention.to(device), use_cache=False
+    ).logits
+    chosen = out[:, :-1][part.counted[:, 1:].to(device)]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _compare(original: Tensor, changed: Tensor, part: MicroBatch) -> TokenResults:
+    mask = part.counted[:, 1:]
+    target = part.tokens[:, 1:][mask].to(changed.device)
+    kl, same, loss = [], [], []
+    for start in range(0, len(changed), ROWS):
+        rows = slice(start, start + ROWS)
+        log_q = changed[rows].log_softmax(-1)
+        loss.append(-log_q.gather(1, target[rows, None])[:, 0])
+        if original is changed:
+            kl.append(torch.zeros_like(loss[-1]))
+            same.append(torch.ones_like(loss[-1]))
+            continue
+        log_p = original[rows].log_softmax(-1)
+        same.append((log_p.argmax(-1) == log_q.argmax(-1)).to(log_q.dtype))
+        kl.append(log_p.exp().mul_(log_p.sub_(log_q)).sum(-1))
+    sequence = part.index[:, None].expand_as(mask)[mask]
+    return TokenResults(
+        sequence.numpy().astype(np.int64),
+        *(torch.cat(v).double().cpu().numpy() for v in (kl, same, loss)),
+    )
+
+
+def _join(parts: list[TokenResults]) -> TokenResults:
+    names = ("sequence", "kl", "same_top1", "loss")
+    return TokenResults(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
