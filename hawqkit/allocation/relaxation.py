@@ -84,6 +84,26 @@ def reduce_problem(problem: Problem, limits: list[int]) -> Knapsack:
     return _without_dominated(Knapsack(scores, costs, slack, divisors))
 
 
+def drop_idle_limits(knapsack: Knapsack) -> Knapsack:
+    """Drop limits that no mix reaches, and all but the tightest of those with equal costs.
+
+    With one group size in all formats, average bits, bits per weight and bytes are one limit.
+    """
+    reach = np.where(knapsack.kept, knapsack.costs, 0).max(axis=2).sum(axis=1)  # (R,)
+    tightest: dict[bytes, int] = {}
+    for row in np.flatnonzero(reach > knapsack.slack).tolist():
+        key = np.where(knapsack.kept, knapsack.costs[row], 0).tobytes()
+        if key not in tightest or knapsack.slack[row] < knapsack.slack[tightest[key]]:
+            tightest[key] = row
+    rows = sorted(tightest.values())
+    return replace(
+        knapsack,
+        costs=knapsack.costs[rows],
+        slack=knapsack.slack[rows],
+        divisors=knapsack.divisors[rows],
+    )
+
+
 def _without_dominated(knapsack: Knapsack) -> Knapsack:
     scores, costs = knapsack.scores, knapsack.costs
     other_s, other_c = scores[:, None, :], costs[:, :, None, :]  # cell a on axis -2, rival b on -1

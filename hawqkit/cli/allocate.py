@@ -62,14 +62,14 @@ def allocate(
 
 def describe(allocation: Allocation) -> str:
     """Return an allocation in a few lines."""
-    totals = allocation.totals
+    totals, gap = allocation.totals, allocation.certificate.relative_gap
     sizes = "".join(f", {size:,} bytes as {target}" for target, size in totals.size.items())
+    taken = f"{totals.average_bits:.4f} average bits, {totals.bits_per_weight:.4f} bits per weight"
     widths = Counter(allocation.layers.values())
     lines = [
-        f"{totals.average_bits:.4f} average bits, {totals.bits_per_weight:.4f} bits per weight{sizes}",
+        taken + sizes,
         "layers: " + ", ".join(f"{n} x {name}" for name, n in sorted(widths.items())),
-        f"score {allocation.score}: {allocation.objective:.5f} nats, solved to a relative gap of "
-        f"{allocation.certificate.relative_gap:.1e}",
+        f"score {allocation.score}: {allocation.objective:.5f} nats, relative gap {gap:.1e}",
     ]
     if allocation.prediction is not None:
         p = allocation.prediction

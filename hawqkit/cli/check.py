@@ -18,8 +18,7 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     from hawqkit.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides)
-    from rich.console import Console
+    from hawqkit import pipeline  # imports torch: only when the recipe is sound
+    from hawqkit.pipeline.progress import speaker
 
-    from hawqkit import pipeline
-
-    pipeline.print_check(pipeline.check(checked), Console())
+    pipeline.print_check(pipeline.check(checked), speaker())

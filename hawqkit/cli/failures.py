@@ -1,4 +1,4 @@
-"""What a failure means to the user: one message and an exit code; unexpected ones stay as they are."""
+"""What a failure means to the user: one message and an exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REASONS = {
 
 
 def explain_failure(error: Exception) -> tuple[str, int] | None:
-    """Return message and exit code of an expected failure; None for one that needs its traceback."""
+    """Return message and exit code of an expected failure; None where the traceback is needed."""
     if isinstance(error, RecipeError):
         return _recipe_message(error), error.exit_code
     if isinstance(error, HawqkitError):

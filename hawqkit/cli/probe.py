@@ -21,7 +21,9 @@ def probe(recipe: str, output: Path | None, overrides: tuple[str, ...]) -> None:
     from hawqkit.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides)
-    from hawqkit import pipeline
+    from hawqkit import pipeline  # imports torch: only when the recipe is sound
+    from hawqkit.pipeline.progress import speaker
 
     folder = run_folder(recipe, output)
     pipeline.run_probe(checked, folder)
+    speaker().print(f"written to {folder}; choose with: hawqkit allocate {folder}")

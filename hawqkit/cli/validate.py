@@ -14,5 +14,10 @@ from hawqkit.cli.options import run_argument
 def validate(folder: Path) -> None:
     """Measure the allocation of RUN and its baselines on text that the choice never saw."""
     from hawqkit import pipeline
+    from hawqkit.pipeline.folder import RunFolder
+    from hawqkit.pipeline.progress import speaker
+    from hawqkit.report import result_tables
 
-    pipeline.validate_run(folder)
+    validation = pipeline.validate_run(folder)
+    for table in result_tables(RunFolder(folder).read_allocation(), validation):
+        speaker().print(table)

@@ -41,7 +41,7 @@ def find_layers(
 ) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
     """Return the weights to quantize, in the model's order, and every other weight with its reason.
 
-    Layers are the weights of `nn.Linear`, transformers' `Conv1D` (stored transposed), `nn.Embedding`.
+    Layers are the weights of `nn.Linear`, `nn.Embedding` and transformers' transposed `Conv1D`.
     A pattern is a glob on module paths, and what holds for a module holds for all inside it, so
     `model.layers.0` stands for the whole block. A weight with several uses is one layer: it is
     chosen if one of its uses is included and none is excluded. Position embeddings are left alone
@@ -211,7 +211,7 @@ def _summary(vectors: Sequence[nn.Parameter]) -> Skipped:
 
 
 def _check_patterns(module: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+    names = [name for name, _ in module.named_modules(remove_duplicate=False)]
     for what, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -238,6 +238,7 @@ def _nothing_matched(
 
 
 def _examples(names: Sequence[str], count: int = 4) -> str:
+    names = [name for name in names if name] or ["(the model itself)"]
     chosen = sorted({names[i * (len(names) - 1) // max(1, count - 1)] for i in range(count)})
     return ", ".join(map(repr, chosen))
 

@@ -41,14 +41,15 @@ def load_model(
         source: a hub id, a safetensors folder, a `.gguf` file (converted once, then cached), or
             `package:NAME/FILE`, a file inside an installed package, which is never imported.
         revision: branch, tag or commit of a hub id.
-        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto`: float32 on a CPU, where matrix
-            products in half precision are slow, and the stored dtype on accelerators. What counts as
-            stored is the checkpoint's dtype, or this one where it is narrower.
+        dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto`: float32 on a CPU, where
+            matrix products in half precision are slow, and the stored dtype on accelerators. What
+            counts as stored is the checkpoint's dtype, or this one where it is narrower.
         device: `auto` (an accelerator if there is one), `cpu`, `cuda`, ...
         trust_remote_code: run Python code that comes with the checkpoint.
         include: globs on module paths, see `find_layers`.
         exclude: globs on module paths.
-        cache: folder of converted GGUF files; None is `$HAWQKIT_CACHE` or `~/.cache/hawqkit/models`.
+        cache: folder of converted GGUF files; None is `$HAWQKIT_CACHE`, else
+            `~/.cache/hawqkit/models`.
 
     Raises:
         InputError: the source, its files or an option are wrong.
@@ -90,9 +91,7 @@ def load_model(
 
 def _device(device: str) -> torch.device:
     if device == "auto":
-        found = (
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        )
+        found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
     try:
         chosen = torch.device(device)
@@ -111,7 +110,7 @@ def _stored_dtypes(folder: Path, source: str) -> dict[str, tuple[str, int]]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
+                for name in list(file.keys()):
                     view = file.get_slice(name)
                     numel = 1
                     for extent in view.get_shape():
@@ -125,8 +124,8 @@ def _stored_dtypes(folder: Path, source: str) -> dict[str, tuple[str, int]]:
     packed = {kind for kind, _ in found.values() if kind.startswith("f8")}
     if packed:
         raise Unsupported(
-            f"{source}: weights are stored as {', '.join(sorted(packed))}, so the model is quantized "
-            "already; start from the original checkpoint."
+            f"{source}: weights are stored as {', '.join(sorted(packed))}, so the model is "
+            "quantized already; start from the original checkpoint."
         )
     return found
 
@@ -140,7 +139,7 @@ def _load_folder(folder: Path, source: str, dtype: str, trust_remote_code: bool)
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
             check_task(config, source, trust_remote_code)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -149,13 +148,14 @@ def _load_folder(folder: Path, source: str, dtype: str, trust_remote_code: bool)
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
+            model, info = loaded
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise InputError(f"{source}: transformers cannot load it: {_short(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(
-            f"{source}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, such "
-            f"as {', '.join(missing[:4])}; they would be random. Get a complete checkpoint."
+            f"{source}: the checkpoint lacks {len(missing)} tensors of {type(model).__name__}, "
+            f"such as {', '.join(missing[:4])}; they would be random. Get a complete checkpoint."
         )
     result: nn.Module = model
     return result

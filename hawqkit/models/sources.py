@@ -45,8 +45,8 @@ def find_source(
         return checked_folder(_from_hub(source, revision, trust_remote_code), source)
     if revision is not None:
         raise InputError(
-            f"model.revision: got {revision!r}, but {source} lies on this disk and has no revisions; "
-            "leave it out."
+            f"model.revision: got {revision!r}, but {source} lies on this disk and has no "
+            "revisions; leave it out."
         )
     return checked_folder(path, source) if path.is_dir() else _checked_file(path, source)
 
@@ -55,8 +55,8 @@ def checked_folder(folder: Path, source: str) -> Path:
     """Return a folder that holds a safetensors checkpoint.
 
     Raises:
-        InputError: there is no configuration, or no safetensors weights; for a pickle checkpoint the
-            message says why it is refused.
+        InputError: there is no configuration, or no safetensors weights; for a pickle checkpoint
+            the message says why it is refused.
     """
     names = sorted(p.name for p in folder.iterdir())
     if "config.json" not in names:
@@ -141,8 +141,8 @@ def _in_package(source: str) -> Path:
     roots = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
     if not roots:
         raise InputError(
-            f"{source}: there is no installed package {name!r} (NAME is the import name); install it "
-            "into this environment first."
+            f"{source}: there is no installed package {name!r} (NAME is the import name); install "
+            "it into this environment first."
         )
     for root in roots:
         path = root / inside
@@ -163,7 +163,7 @@ def _in_package(source: str) -> Path:
 def _from_hub(source: str, revision: str | None, trust_remote_code: bool) -> Path:
     """Return the snapshot's folder: from the local cache if it is complete, else downloaded."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = [*_FILES, "*.py"] if trust_remote_code else list(_FILES)
     options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns}
@@ -173,14 +173,14 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool) -> Pat
             return cached
     except (LocalEntryNotFoundError, OSError, ValueError):
         pass
-    endpoint = _endpoint()
+    endpoint = hub_endpoint()
     _require_network(source, endpoint)
     try:
         return Path(snapshot_download(source, endpoint=endpoint, **options))
     except HfHubHTTPError as error:
         raise _refused(source, revision, error) from None
     except OSError as error:
-        raise HawqkitError(f"{source}: the download failed ({_first_line(error)}).") from None
+        raise HawqkitError(f"{source}: the download failed ({first_line(error)}).") from None
 
 
 def _complete(folder: Path) -> bool:
@@ -192,7 +192,8 @@ def _complete(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
+    """Return the hub's address: `$HF_ENDPOINT`, else the client's own."""
     from huggingface_hub import constants
 
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or str(constants.ENDPOINT)
@@ -208,8 +209,8 @@ def _require_network(source: str, endpoint: str) -> None:
     asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     if asked or constants.HF_HUB_OFFLINE:
         raise HawqkitError(
-            f"{source} is no folder here and not in the local hub cache, and HF_HUB_OFFLINE forbids "
-            f"to download it: {advice}."
+            f"{source} is no folder here and not in the local hub cache, and HF_HUB_OFFLINE "
+            f"forbids to download it: {advice}."
         )
     if not reachable(endpoint):
         raise HawqkitError(
@@ -242,7 +243,7 @@ def reachable(endpoint: str, seconds: float = CONNECT_SECONDS) -> bool:
 
 
 def _refused(source: str, revision: str | None, error: Exception) -> HawqkitError:
-    from huggingface_hub.utils import (
+    from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -260,8 +261,9 @@ def _refused(source: str, revision: str | None, error: Exception) -> HawqkitErro
             f"{source}: neither a folder here nor a model on the hub (or it is private and you are "
             "not logged in)."
         )
-    return HawqkitError(f"{source}: the hub answered with an error ({_first_line(error)}).")
+    return HawqkitError(f"{source}: the hub answered with an error ({first_line(error)}).")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

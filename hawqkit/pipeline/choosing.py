@@ -73,9 +73,7 @@ class ChoiceSettings:
     seed: int = field(default=0)
 
 
-def choose(
-    sensitivities: Sensitivities, settings: ChoiceSettings
-) -> tuple[Allocation, Frontier]:
+def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allocation, Frontier]:
     """Solve the allocation and say everything that is known of it.
 
     Where sequences were withheld, they predict the chosen mix and every baseline; the procedure is
@@ -93,9 +91,7 @@ def choose(
         )
     score = sensitivities.scores[name]
     ratios = to_array(sensitivities.participation_ratio)
-    table = with_risk(
-        name, to_array(score.values), to_array(score.stderr), ratios, settings.risk
-    )
+    table = with_risk(name, to_array(score.values), to_array(score.stderr), ratios, settings.risk)
     tables = size_tables(
         settings.targets, sensitivities.layers, sensitivities.formats, sensitivities.model
     )
@@ -258,7 +254,9 @@ def _with_cross_fit(
 ) -> Prediction:
     def mix_from(rows: Integers) -> Mapping[str, str]:
         table = _table_from(sensitivities, samples, settings, name, rows)
-        return _solve(sensitivities, settings, table, _needed_tables(sensitivities, settings)).layers
+        return _solve(
+            sensitivities, settings, table, _needed_tables(sensitivities, settings)
+        ).layers
 
     value, stderr = cross_fitted(samples, sensitivities.layers, sensitivities.formats, mix_from)
     if not np.isfinite([value, stderr]).all():
@@ -266,9 +264,7 @@ def _with_cross_fit(
     return replace(prediction, cross_fitted=value, cross_fitted_stderr=stderr)
 
 
-def _needed_tables(
-    sensitivities: Sensitivities, settings: ChoiceSettings
-) -> tuple[SizeTable, ...]:
+def _needed_tables(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[SizeTable, ...]:
     """Return byte tables only where bytes are limited; counting them costs time in resamples."""
     if settings.size_target is None:
         return ()

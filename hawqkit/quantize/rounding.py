@@ -1,7 +1,8 @@
 """Round one weight to a format: scales first, then codes, then the values that these stand for.
 
 Letters in shapes: a weight is (rows, columns) = (outputs, inputs); a group is `g` neighboring
-columns of one row that share a scale; groups = columns / g. Codes are signed, -2^(b-1) .. 2^(b-1)-1.
+columns of one row that share a scale; groups = columns / g. Codes of b bits are signed,
+-2^(b-1) .. 2^(b-1) - 1.
 
 Every value that leaves here is `(code - zero point) * scale` in the asked dtype, and the scale is
 rounded to its stored dtype BEFORE codes are made: what is measured is what a checkpoint holds.

@@ -132,14 +132,14 @@ def score_used(sensitivities: Sensitivities, allocation: Allocation | None) -> S
         return sensitivities.scores[sensitivities.auto]
     if allocation.sensitivities and allocation.sensitivities != sensitivities.fingerprint:
         raise StateMismatch(
-            f"the allocation was solved on sensitivities {allocation.sensitivities[:12]}, these are "
-            f"{sensitivities.fingerprint[:12]}: a report of both would mix two runs; allocate again."
+            f"the allocation was solved on sensitivities {allocation.sensitivities[:12]}, these "
+            f"are {sensitivities.fingerprint[:12]}: both would mix two runs; allocate again."
         )
     name = sensitivities.auto if allocation.score == "auto" else allocation.score
     if name not in sensitivities.scores:
         raise StateMismatch(
-            f"the allocation was solved with the score {name!r}, which the sensitivities lack (they "
-            f"hold {', '.join(sorted(sensitivities.scores))}); allocate again."
+            f"the allocation was solved with the score {name!r}, which the sensitivities lack "
+            f"(they hold {', '.join(sorted(sensitivities.scores))}); allocate again."
             + did_you_mean(name, sorted(sensitivities.scores))
         )
     known = {layer.name for layer in sensitivities.layers}

@@ -1,13 +1,14 @@
 """Terminal tables: what `hawqkit show` prints. Every table fits 80 columns.
 
-A table that would be wider is cut into several: sizes and prediction in one, each text in one of its
-own, formats in chunks.
+A table that would be wider is cut into several: sizes and prediction in one, each text in one of
+its own, formats in chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -34,13 +35,13 @@ from hawqkit.report.wording import (
     DASH,
     ELLIPSIS,
     clean,
+    common_prefix,
     compact,
     duration,
     fixed,
     gigabytes,
     megabytes,
     percent,
-    plural,
     power_label,
     scale_of_ten,
     shorten,
@@ -50,8 +51,7 @@ from hawqkit.report.wording import (
 
 WIDTH = 80
 ENDS = 8  # rows at each end of a shortened table
-CELL = 7  # characters of one format's column with its space
-LEAST_NAME = 20
+LONGEST_NAME = 28  # longer names are cut before a format moves to the next table
 
 
 def print_summary(
@@ -67,6 +67,10 @@ def print_summary(
 
     Args:
         console: where to print; tables are laid out for its width.
+        sensitivities: for the layers and the most sensitive ones.
+        allocation: for sizes, formats and predictions.
+        validation: for what was measured.
+        provenance: for what it cost.
         full: print every layer, not only the first and last ones.
 
     Raises:
@@ -94,14 +98,12 @@ def result_tables(
     if not rows:
         return []
     return [
-        _sizes_table(rows),
+        *_sizes_tables(rows),
         *(_text_table(rows, text) for text in texts_of(validation)),
     ]
 
 
-def agreement_tables(
-    allocation: Allocation | None, validation: Validation | None
-) -> list[Table]:
+def agreement_tables(allocation: Allocation | None, validation: Validation | None) -> list[Table]:
     """Return predicted against measured KL, a table for each text that has both."""
     rows = compare(allocation, validation)
     tables = []
@@ -110,7 +112,9 @@ def agreement_tables(
         if not found:
             continue
         table = _table(f"Predicted and measured KL on {clean(text)}, nats")
-        _columns(table, "mix", "predicted", "with interactions", "measured", "measured / predicted")
+        _columns(
+            table, "mix", "predicted", "with inter-\nactions", "measured", "measured /\npredicted"
+        )
         for each in found:
             table.add_row(
                 _name(each.name),
@@ -134,6 +138,8 @@ def layers_table(
     """Return each layer with its format, stability, and predicted KL in every format.
 
     Args:
+        sensitivities: the table.
+        allocation: which format each layer got, None if nothing was chosen.
         full: every layer; otherwise the first and last eight, and how many lie between.
         width: characters a line; formats that do not fit go to further tables.
 
@@ -142,26 +148,30 @@ def layers_table(
     """
     score = score_used(sensitivities, allocation)
     power = scale_of_ten([v for row in score.values for v in row if v is not None])
-    fixed_part = 4 + LEAST_NAME + (18 if allocation else 0)
-    chunk = max((max(width, WIDTH) - fixed_part) // CELL, 1)
+    prefix = common_prefix([layer.name for layer in sensitivities.layers])
+    longest = max(len(clean(layer.name)) for layer in sensitivities.layers) - len(prefix)
+    fixed_part = 22 if allocation else 1  # format, kept, and the spaces between them
+    cell = 1 + max(5, *(len(part) for f in sensitivities.formats for part in f.split("-")))
+    chunk = max((max(width, WIDTH) - fixed_part - min(longest, LONGEST_NAME)) // cell, 1)
     bounds = [*range(0, len(sensitivities.formats), chunk), len(sensitivities.formats)]
     tables: list[RenderableType] = []
     for start, stop in pairwise(bounds):
         formats = sensitivities.formats[start:stop]
         table = _table(
-            f"Layers: predicted KL by the score {clean(score.name)}, in {power_label(power)}"
+            f"Layers: KL predicted by score {clean(score.name)!r}, {power_label(power)}"
+            + (f"; all under {prefix}" if prefix else "")
         )
         heads = ["layer", *(["format", "kept"] if allocation else [])]
-        _columns(table, *heads, *(f.replace("-", "\n", 1) for f in formats))
-        # Each cell of a format takes its column; what is left belongs to the name.
-        room = max(width, WIDTH) - fixed_part - CELL * len(formats) + LEAST_NAME
+        _columns(table, *heads, *(f.replace("-", "\n") for f in formats))
+        room = max(width, WIDTH) - fixed_part - cell * len(formats)
         for index in _shown(len(sensitivities.layers), full):
             if index is None:
                 hidden = len(sensitivities.layers) - 2 * ENDS
-                table.add_row(Text(f"{ELLIPSIS} {plural(hidden, 'more layer')}", style="italic"))
+                table.add_row(Text(f"{ELLIPSIS} {hidden} more", style="italic"))
                 continue
             cells = [compact(_scaled(v, power)) for v in score.values[index][start:stop]]
-            table.add_row(*_layer_head(sensitivities, allocation, index, room), *cells)
+            name = shorten(sensitivities.layers[index].name[len(prefix) :], room)
+            table.add_row(Text(name), *_decision(sensitivities, allocation, index), *cells)
         tables.append(table)
     return Group(*tables)
 
@@ -185,17 +195,16 @@ def sensitivities_table(
     )
     power = scale_of_ten([v for v in losses if v is not None])
     table = _table(
-        f"{plural(min(top, len(order)), 'most sensitive layer')} at "
-        f"{clean(sensitivities.formats[column])} (KL in {power_label(power)})"
+        f"Most sensitive layers at {clean(sensitivities.formats[column])} "
+        f"(KL in {power_label(power)})"
     )
-    _columns(table, "layer", "predicted KL", "trace", "participation ratio", "weights")
+    prefix = common_prefix([layer.name for layer in sensitivities.layers])
+    _columns(table, "layer", "predicted KL", "trace", "participation\nratio", "weights")
     for index in order[:top]:
         layer = sensitivities.layers[index]
         table.add_row(
-            Text(shorten(layer.name, 34)),
-            with_error(
-                _scaled(losses[index], power), _scaled(score.stderr[index][column], power)
-            ),
+            Text(shorten(layer.name[len(prefix) :], 24)),
+            with_error(_scaled(losses[index], power), _scaled(score.stderr[index][column], power)),
             with_error(sensitivities.trace[index], sensitivities.trace_stderr[index]),
             significant(sensitivities.participation_ratio[index], 3),
             f"{layer.numel / 1e6:.2f}M",
@@ -224,21 +233,37 @@ def cost_table(costs: Mapping[str, Cost]) -> Table:
     return table
 
 
-def _sizes_table(rows: Sequence[Row]) -> Table:
+def _sizes_tables(rows: list[Row]) -> list[Table]:
+    """Return the sizes of each mix; more than two targets take tables of their own."""
     table = _table("Result: sizes, and predicted KL in nats")
-    targets = target_names(list(rows))
-    _columns(table, "mix", "average bits", "bits/ weight", *(f"MB, {clean(t)}" for t in targets), "predicted KL")
+    targets = target_names(rows)
+    first = targets if len(targets) <= 2 else []
+    heads = [_target_head(target) for target in first]
+    _columns(table, "mix", "average\nbits", "bits per\nweight", *heads, "predicted KL")
     for row in rows:
         p = row.prediction
         table.add_row(
             _name(row.name),
             fixed(row.totals.average_bits, 3),
             fixed(row.totals.bits_per_weight, 3),
-            *(megabytes(row.totals.size.get(target)) for target in targets),
+            *(megabytes(row.totals.size.get(target)) for target in first),
             with_error(p.kl, p.kl_stderr) if p else DASH,
             style="bold" if row.chosen else "",
         )
-    return table
+    tables = [table]
+    for start in range(0, len(targets) if not first else 0, 4):
+        some = targets[start : start + 4]
+        more = _table("Size of what each target writes")
+        _columns(more, "mix", *(_target_head(target) for target in some))
+        for row in rows:
+            sizes = (megabytes(row.totals.size.get(target)) for target in some)
+            more.add_row(_name(row.name), *sizes, style="bold" if row.chosen else "")
+        tables.append(more)
+    return tables
+
+
+def _target_head(target: str) -> str:
+    return clean(target).replace("-", "-\n") + "\nMB"
 
 
 def _text_table(rows: Sequence[Row], text: str) -> Table:
@@ -253,21 +278,22 @@ def _text_table(rows: Sequence[Row], text: str) -> Table:
             with_error(m.kl, m.kl_stderr),
             DASH if row.chosen else with_error(m.difference, m.difference_stderr),
             percent(m.same_top1),
-            significant(m.perplexity),
+            fixed(m.perplexity, 2),
             style="bold" if row.chosen else "",
         )
     return table
 
 
-def _layer_head(
-    sensitivities: Sensitivities, allocation: Allocation | None, index: int, room: int
+def _decision(
+    sensitivities: Sensitivities, allocation: Allocation | None, index: int
 ) -> list[Text | str]:
+    if allocation is None:
+        return []
     name = sensitivities.layers[index].name
-    head: list[Text | str] = [Text(shorten(name, room))]
-    if allocation is not None:
-        head += [Text(shorten(allocation.layers.get(name, DASH), 14)),
-                 percent(allocation.stability.get(name), 0)]  # fmt: skip
-    return head
+    return [
+        Text(shorten(allocation.layers.get(name, DASH), 14)),
+        percent(allocation.stability.get(name), 0),
+    ]
 
 
 def _table(title: str) -> Table:
@@ -282,13 +308,11 @@ def _table(title: str) -> Table:
 
 
 def _columns(table: Table, first: str, *others: str) -> None:
-    """Add a column of names and columns of numbers; what is too long folds, nothing is dropped."""
-    table.add_column(Text(first), overflow="fold")
+    """Add a column of names and columns of numbers, whose cells never break."""
+    table.add_column(Text(first), overflow="fold", vertical="bottom")
     for header in others:
-        words = header in ("format",)
-        table.add_column(
-            Text(header), justify="left" if words else "right", overflow="fold", vertical="top"
-        )
+        justify: Literal["left", "right"] = "left" if header == "format" else "right"
+        table.add_column(Text(header, justify=justify), justify=justify, no_wrap=True)
 
 
 def _shown(count: int, full: bool) -> list[int | None]:
@@ -310,4 +334,4 @@ def _scaled(value: float | None, power: int) -> float | None:
 
 
 def _name(name: str) -> Text:
-    return Text(shorten(name, 16))
+    return Text(shorten(name, 14))

@@ -10,7 +10,9 @@ ELLIPSIS = "…"
 
 # Control characters drive a terminal, and bidirectional marks show a name as what it is not; lone
 # surrogates cannot be written as UTF-8.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def clean(text: object) -> str:
@@ -160,15 +162,28 @@ def shorten(name: str, width: int) -> str:
 
 
 def scale_of_ten(values: list[float]) -> int:
-    """Return the power of ten, a multiple of 3, in whose units the median lies in [1, 1000).
+    """Return the power of ten, a multiple of 3, in whose units the largest lies in [1, 1000).
 
     >>> scale_of_ten([2e-5, 3e-4, 4e-3]), scale_of_ten([12.0]), scale_of_ten([])
-    (-6, 0, 0)
+    (-3, 0, 0)
     """
-    ordered = sorted(v for v in values if v > 0)
-    if not ordered:
-        return 0
-    return 3 * math.floor(math.log10(ordered[len(ordered) // 2]) / 3)
+    largest = max(values, default=0.0)
+    return 3 * math.floor(math.log10(largest) / 3) if largest > 0 else 0
+
+
+def common_prefix(names: list[str]) -> str:
+    """Return the dotted prefix that all names share, with its last dot.
+
+    >>> common_prefix(["model.layers.0.up", "model.layers.1.up"]), common_prefix(["lm_head"])
+    ('model.layers.', '')
+    """
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1 or clean(column[0]) != column[0]:
+            break
+        shared.append(column[0])
+    return ".".join([*shared, ""])
 
 
 def power_label(power: int) -> str:

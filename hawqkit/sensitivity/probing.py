@@ -109,6 +109,7 @@ class Prober:
         mine: numbers of this process's micro-batches.
         count: number of all micro-batches.
         keep: `codes` or `none`, what the cache holds (known after `prepare`).
+        errors: layer name -> errors in every format (filled by `prepare`).
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Prober:
         self.count = -(-len(batches) // self.size)
         self.mine = list(distributed.processes().mine(range(self.count)))
         self.keep = settings.cache
-        self._errors: dict[str, LayerErrors] = {}
+        self.errors: dict[str, LayerErrors] = {}
         self._results: dict[int, Arrays] = {}
         self._dual: DualProbe | None = None
 
@@ -141,7 +142,7 @@ class Prober:
         )
         for layer in track(self.layers, "round", len(self.layers)):
             try:
-                self._errors[layer.name] = make_errors(
+                self.errors[layer.name] = make_errors(
                     self._model.weight(layer.name),
                     parsed,
                     rounding=self._settings.rounding,
@@ -157,7 +158,7 @@ class Prober:
             self._model.module,
             self.layers,
             {layer.name: self._model.weight(layer.name) for layer in self.layers},
-            self._errors,
+            self.errors,
             formats=self.formats,
             positions=self._settings.positions,
             seed=self._settings.seed,
@@ -193,7 +194,7 @@ class Prober:
             everyone |= part
         return summarize(
             join_samples([everyone[n] for n in sorted(everyone)], self._batches),
-            weight_errors(self.layers, self.formats, self._errors),
+            weight_errors(self.layers, self.formats, self.errors),
             model=self._model.facts,
             data=self._batches.facts,
             layers=self.layers,

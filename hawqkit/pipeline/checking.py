@@ -1,0 +1,155 @@
+"""`hawqkit check`: resolve everything, run one micro-batch, and say what a run would take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from hawqkit.allocation import allocate_table
+from hawqkit.costs import Meter, available_bytes
+from hawqkit.pipeline.choosing import size_tables
+from hawqkit.pipeline.costing import Estimate, estimate
+from hawqkit.pipeline.inputs import describe_processes, load_inputs, probe_settings
+from hawqkit.pipeline.progress import track
+from hawqkit.recipe import Recipe
+from hawqkit.records import DataFacts, Layer, ModelFacts, Skipped
+from hawqkit.sensitivity.probing import Prober, weight_errors
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a run would do and take.
+
+    Attributes:
+        predicted: seconds by stage, and peak memory.
+        available_bytes: memory that the device had free before the model was loaded.
+        sizes: (format, bits per weight, target -> bytes) with every layer in that format.
+        cache: what `cache` resolves to.
+        batch: sequences of a micro-batch.
+    """
+
+    processes: str
+    model: ModelFacts
+    layers: tuple[Layer, ...]
+    skipped: tuple[Skipped, ...]
+    texts: dict[str, DataFacts]
+    sizes: tuple[tuple[str, float, dict[str, int]], ...]
+    budgets: dict[str, float]
+    predicted: Estimate
+    available_bytes: int
+    cache: str
+    batch: int
+    checkpointing: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the memory that was free."""
+        return self.predicted.memory_bytes <= self.available_bytes
+
+
+def check(recipe: Recipe) -> CheckResult:
+    """Load what a recipe names, refuse what would fail later, and measure one micro-batch.
+
+    Writes nothing. The budget is tried on the layers' sizes, so that an impossible one is refused
+    here.
+    """
+    processes = describe_processes()
+    with Meter() as load:
+        inputs = load_inputs(recipe)
+    device = str(inputs.model.device)
+    free = available_bytes(device) + load.extra_bytes
+    settings = probe_settings(recipe)
+    prober = Prober(inputs.model, inputs.calibration, recipe.formats, settings)
+    with Meter(device) as rounding:
+        prober.prepare(track)
+    with prober, Meter(device) as batch:
+        prober.measure(0)
+    tables = size_tables(recipe.export, prober.layers, recipe.formats, inputs.model.facts)
+    errors = weight_errors(prober.layers, recipe.formats, prober.errors)
+    allocate_table(
+        prober.layers,
+        recipe.formats,
+        errors,
+        budgets=recipe.budget.limits(),
+        runtime=recipe.runtime,
+        size_tables=tables,
+        size_target=recipe.counted_target() if recipe.budget.size is not None else None,
+    )
+    sizes = []
+    for name in recipe.formats:
+        uniform = allocate_table(
+            prober.layers,
+            [name],
+            errors[:, [recipe.formats.index(name)]],
+            budgets={"bits_per_weight": 64.0},
+            runtime=recipe.runtime,
+            size_tables=size_tables(recipe.export, prober.layers, [name], inputs.model.facts),
+        )
+        sizes.append((name, uniform.totals.bits_per_weight, uniform.totals.size))
+    texts = {"calibration": inputs.calibration, **inputs.texts}
+    return CheckResult(
+        processes=processes,
+        model=inputs.model.facts,
+        layers=prober.layers,
+        skipped=prober.skipped,
+        texts={name: text.facts for name, text in texts.items()},
+        sizes=tuple(sizes),
+        budgets=recipe.budget.limits(),
+        predicted=estimate(
+            load_seconds=load.seconds,
+            round_seconds=rounding.seconds,
+            batch_seconds=batch.seconds,
+            peak_bytes=max(rounding.peak_bytes, batch.peak_bytes),
+            batches=len(prober.mine),
+            batch_tokens=prober.size * inputs.calibration.facts.length,
+            validation_tokens=sum(t.facts.tokens for t in inputs.texts.values()),
+            mixes=1 + len(recipe.validation.baselines),
+        ),
+        available_bytes=free,
+        cache=prober.keep,
+        batch=prober.size,
+        checkpointing=settings.checkpointing,
+    )
+
+
+def print_check(result: CheckResult, console: Console) -> None:
+    """Print what `check` found, in one screen."""
+    facts, entries = result.model, sum(layer.numel for layer in result.layers)
+    console.print(f"{result.processes}")
+    console.print(
+        f"[bold]{facts.source}[/bold]: {facts.architecture}, {facts.parameters / 1e6:.1f} M "
+        f"parameters stored as {facts.dtype}"
+    )
+    kinds = Counter((x.name.rpartition(".")[2], x.rows, x.columns) for x in result.layers)
+    shown = ", ".join(f"{n} x {k[0]} ({k[1]} x {k[2]})" for k, n in kinds.items())
+    console.print(f"{len(result.layers)} layers, {entries / 1e6:.1f} M weights: {shown}")
+    for skip in result.skipped:
+        console.print(f"left alone: {skip.name} {skip.shape}: {skip.reason}", highlight=False)
+    for name, data in result.texts.items():
+        console.print(
+            f"{name}: {data.source}: {data.sequences} sequences, {data.counted} predictions, "
+            f"{data.documents} documents"
+        )
+    table = Table("every layer in", "bits/weight", *(f"{t} MB" for t in result.sizes[0][2]))
+    for name, bits, size in result.sizes:
+        table.add_row(name, f"{bits:.3f}", *(f"{b / 1e6:.1f}" for b in size.values()))
+    console.print(table)
+    budgets = ", ".join(f"{k} {v:g}" for k, v in result.budgets.items())
+    console.print(f"budget: {budgets}: possible")
+    stages = ", ".join(f"{k} {v:.0f} s" for k, v in result.predicted.seconds.items())
+    console.print(f"predicted time: {result.predicted.total_seconds:.0f} s ({stages})")
+    verdict = "fits" if result.fits else "does NOT fit"
+    console.print(
+        f"predicted peak memory: {result.predicted.memory_bytes / 2**30:.2f} GiB, which {verdict} "
+        f"in the {result.available_bytes / 2**30:.1f} GiB that are free; micro-batches of "
+        f"{result.batch}, errors cached as {result.cache}, checkpointing "
+        f"{'on' if result.checkpointing else 'off'}"
+    )
+    if not result.fits:
+        console.print(
+            "to need less: sensitivity.cache none, sensitivity.checkpointing true, a smaller "
+            "sensitivity.batch, or shorter sequences"
+        )

@@ -1,0 +1,125 @@
+"""Predict what a run takes from its first micro-batch, and remember what it took."""
+
+from __future__ import annotations
+
+import platform
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+
+from hawqkit import distributed
+from hawqkit.pipeline.folder import RunFolder
+from hawqkit.records import Cost, Provenance
+from hawqkit.store import write_record
+
+PACKAGES = (
+    "hawqkit", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors",
+    "numpy", "scipy", "gguf", "compressed-tensors", "matplotlib",
+)  # fmt: skip
+
+# Stages after the probe, per forward pass of validation and for what does not grow with the model.
+# A forward pass is a third of a gradient's operations; comparing logits over the vocabulary adds to
+# it. The rest is the solver with its resamples, the export and the report.
+FORWARD_SHARE = 0.40
+FIXED_SECONDS = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run is predicted to take.
+
+    Attributes:
+        seconds: stage -> seconds.
+        memory_bytes: peak of the process (CPU) or of the device's allocator.
+        gradient_seconds: one micro-batch of the probe.
+    """
+
+    seconds: dict[str, float]
+    memory_bytes: int
+    gradient_seconds: float
+
+    @property
+    def total_seconds(self) -> float:
+        """All stages together."""
+        return sum(self.seconds.values())
+
+
+def estimate(
+    *,
+    load_seconds: float,
+    round_seconds: float,
+    batch_seconds: float,
+    peak_bytes: int,
+    batches: int,
+    batch_tokens: int,
+    validation_tokens: int,
+    mixes: int,
+) -> Estimate:
+    """Predict a run from what its beginning took.
+
+    Args:
+        load_seconds: loading model and texts.
+        round_seconds: rounding every layer to every format, once.
+        batch_seconds: the first micro-batch.
+        peak_bytes: memory at its peak while the first micro-batch ran.
+        batches: micro-batches of this process.
+        batch_tokens: tokens of a micro-batch.
+        validation_tokens: tokens of all held-out texts.
+        mixes: mixes that validation measures.
+    """
+    passes = validation_tokens / max(batch_tokens, 1) * (1 + mixes)
+    seconds = {
+        "load": load_seconds,
+        "probe": round_seconds + batch_seconds * batches,
+        "allocate, export, report": FIXED_SECONDS,
+        "validate": passes * batch_seconds * FORWARD_SHARE + round_seconds / 6 * mixes,
+    }
+    return Estimate(seconds, peak_bytes, batch_seconds)
+
+
+class Ledger:
+    """The provenance of a run folder while it grows."""
+
+    def __init__(self, run: RunFolder, seeds: Mapping[str, int], hashes: Mapping[str, str]) -> None:
+        before = run.read_provenance()
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        here = distributed.processes()
+        self._run = run
+        self._record = Provenance(
+            versions=_versions(),
+            host=socket.gethostname(),
+            platform=f"{platform.platform()}, Python {platform.python_version()}",
+            started=before.started if before else now,
+            finished=now,
+            resumes=before.resumes + 1 if before else 0,
+            processes=here.count,
+            devices=tuple(distributed.gather(here.device)),
+            seeds=dict(seeds),
+            hashes=dict(hashes),
+            costs=dict(before.costs) if before else {},
+        )
+
+    @property
+    def record(self) -> Provenance:
+        """What stands in the file."""
+        return self._record
+
+    def note(self, stage: str, cost: Cost) -> None:
+        """Remember a stage's cost; a stage that ran again replaces what stood there."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        costs = {**self._record.costs, stage: cost}
+        self._record = replace(self._record, costs=costs, finished=now)
+        if distributed.processes().is_main:
+            write_record(self._run.provenance, self._record)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,71 @@
+"""Write and show what a run folder holds. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from hawqkit.pipeline.folder import RunFolder
+from hawqkit.report import print_summary, result_tables, write_report
+
+
+def report_run(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Write the report of a run folder from its records; returns where it lies."""
+    run = RunFolder(Path(folder))
+    sensitivities = run.read_sensitivities()
+    has_allocation = run.allocation.exists()
+    exports = run.path / "exports"
+    found = sorted(p.name for p in exports.iterdir() if p.is_dir()) if exports.is_dir() else []
+    return write_report(
+        Path(output) if output else run.report,
+        sensitivities,
+        run.read_allocation() if has_allocation else None,
+        run.read_validation(),
+        frontier=run.read_frontier(),
+        provenance=run.read_provenance(),
+        exports={name: str(run.export(name)) for name in found},
+    )
+
+
+def show_run(folder: str | Path, full: bool, console: Console) -> None:
+    """Print the tables of a run folder."""
+    run = RunFolder(Path(folder))
+    print_summary(
+        console,
+        run.read_sensitivities(),
+        run.read_allocation() if run.allocation.exists() else None,
+        run.read_validation(),
+        run.read_provenance(),
+        full=full,
+    )
+
+
+def print_end(folder: RunFolder, console: Console) -> None:
+    """Print what a run ends with: the result, what it cost, where things lie, what to try next."""
+    for table in result_tables(folder.read_allocation(), folder.read_validation()):
+        console.print(table)
+    provenance = folder.read_provenance()
+    costs = provenance.costs if provenance else {}
+    seconds = sum(cost.seconds for cost in costs.values())
+    peak = max((cost.peak_memory_bytes for cost in costs.values()), default=0)
+    guesses = [c.predicted_seconds for c in costs.values() if c.predicted_seconds is not None]
+    known = [c for c in costs.values() if c.predicted_seconds is not None]
+    guess_bytes = max((c.predicted_memory_bytes or 0 for c in costs.values()), default=0)
+    console.print(f"took {seconds:.0f} s in all, peak memory {peak / 2**30:.2f} GiB")
+    if known:
+        actual = sum(c.seconds for c in known)
+        memory = f"; memory {guess_bytes / 2**30:.2f} GiB" if guess_bytes else ""
+        console.print(
+            f"predicted beside actual: {sum(guesses):.0f} s and {actual:.0f} s for probe and "
+            f"validation{memory}"
+        )
+    console.print(f"report:  {folder.report}")
+    for path in sorted((folder.path / "exports").glob("*")):
+        console.print(f"export:  {path}")
+    console.print("try next:")
+    console.print(f"  hawqkit show {folder.path} --full")
+    console.print(
+        f"  hawqkit allocate {folder.path} --budget average_bits=4.5 -o allocation-4.5.json"
+    )
+    console.print(f"  python examples/load_export.py {folder.export('compressed-tensors')}")

@@ -1,0 +1,263 @@
+"""Run the stages of a recipe into a run folder; every one goes on from the file before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from hawqkit import distributed
+from hawqkit.costs import Meter
+from hawqkit.errors import InputError, StateMismatch
+from hawqkit.journal import locked
+from hawqkit.models import LoadedModel
+from hawqkit.pipeline.choosing import choose, recipe_choice
+from hawqkit.pipeline.costing import Estimate, Ledger, estimate
+from hawqkit.pipeline.folder import RunFolder
+from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings
+from hawqkit.pipeline.progress import speaker, track
+from hawqkit.pipeline.reporting import print_end, report_run
+from hawqkit.recipe import Recipe
+from hawqkit.records import Allocation, Cost, Sensitivities, Validation
+from hawqkit.sensitivity.probing import Prober
+from hawqkit.store import fingerprint, to_plain, write_record, write_text_atomic
+from hawqkit.targets import find_target
+from hawqkit.validation.validating import validate_mixes
+
+VALIDATION_TOKENS = 1024  # of a forward pass, so that logits stay small
+
+
+def run(recipe: Recipe, folder: str | Path) -> None:
+    """Do everything that a recipe says, and print the result.
+
+    Killed at any moment and started again, it ends with the same records, bit for bit.
+
+    Raises:
+        HawqkitError: with one message that says what to do.
+    """
+    _run(recipe, Path(folder), only_probe=False)
+
+
+def run_probe(recipe: Recipe, folder: str | Path) -> None:
+    """Probe only: write `sensitivities.json`, from which `hawqkit allocate` can choose."""
+    _run(recipe, Path(folder), only_probe=True)
+
+
+def validate_run(folder: str | Path) -> Validation:
+    """Measure the allocation of a run folder again, on the texts of its recipe."""
+    run_folder = RunFolder(Path(folder))
+    recipe = run_folder.read_recipe()
+    with locked(run_folder.path):
+        allocation = run_folder.read_allocation()
+        inputs = load_inputs(recipe)
+        _refuse_other_model(allocation, inputs.model)
+        result = _validate(run_folder, inputs, allocation)
+    return result
+
+
+def export_run(folder: str | Path, target: str, output: str | Path | None = None) -> list[Path]:
+    """Write the allocation of a run folder for one target; the model is loaded only if it is needed."""
+    run_folder = RunFolder(Path(folder))
+    allocation = run_folder.read_allocation()
+    sensitivities = run_folder.read_sensitivities()
+    module = find_target(target)
+    problems = module.problems(allocation.layers, sensitivities.layers, sensitivities.model)
+    if problems:
+        raise InputError(f"target {target} cannot hold this:\n  - " + "\n  - ".join(problems))
+    inputs = load_inputs(run_folder.read_recipe())
+    _refuse_other_model(allocation, inputs.model)
+    where = Path(output) if output else run_folder.export(target)
+    return list(module.write(allocation, where, inputs.model))
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What one call of `run` carries from stage to stage."""
+
+    recipe: Recipe
+    folder: RunFolder
+    console: Console
+    load: Meter
+    inputs: Inputs
+    ledger: Ledger
+    predicted: Estimate | None = None
+
+
+def _run(recipe: Recipe, path: Path, *, only_probe: bool) -> None:
+    console = speaker()
+    console.print(f"hawqkit: {describe_processes()}")
+    main = distributed.processes().is_main
+    with Meter() as load:
+        inputs = load_inputs(recipe)
+    console.print(_describe(inputs))
+    # Nothing is written before everything above has been found sound.
+    lock = locked(path) if main else None
+    if lock is not None:
+        lock.__enter__()
+    try:
+        folder = RunFolder(path)
+        stage = _Stage(recipe, folder, console, load, inputs, _ledger(recipe, folder, inputs))
+        stage.ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
+        sensitivities = _probe(stage)
+        if main:
+            write_text_atomic(folder.recipe, recipe.resolved_yaml())
+            folder.write_sensitivities(sensitivities)
+            if not only_probe:
+                _choose_and_prove(stage, sensitivities)
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)
+    distributed.wait()
+    distributed.finish()
+
+
+def _ledger(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> Ledger:
+    texts = {f"text {name}": text.facts.hash for name, text in inputs.texts.items()}
+    return Ledger(
+        folder,
+        {"calibration": recipe.calibration.seed, "probe": recipe.sensitivity.seed},
+        {"model": inputs.model.facts.hash, "calibration": inputs.calibration.facts.hash, **texts},
+    )
+
+
+def _probe(stage: _Stage) -> Sensitivities:
+    """Probe, or take what is there of the same fingerprint."""
+    inputs, folder = stage.inputs, stage.folder
+    device = str(inputs.model.device)
+    prober = Prober(
+        inputs.model,
+        inputs.calibration,
+        stage.recipe.formats,
+        probe_settings(stage.recipe),
+        folder.journal,
+    )
+    finished = _finished(folder, prober.fingerprint)
+    if finished is not None:
+        stage.console.print("probe: taken from the run folder, nothing has changed")
+        return finished
+    measured = 0
+    with Meter(device) as meter:
+        with Meter(device) as rounding:
+            prober.prepare(track)
+        with prober:
+            for number in track(prober.mine, "probe", len(prober.mine)):
+                with Meter(device) as batch:
+                    fresh = prober.measure(number)
+                measured += fresh
+                if fresh and stage.predicted is None:
+                    stage.predicted = _predict(stage, rounding, batch, prober)
+        result = prober.finish()
+    taken = len(prober.mine) - measured
+    if taken:
+        stage.console.print(f"probe: {taken} of {len(prober.mine)} micro-batches from the journal")
+    predicted = stage.predicted
+    stage.ledger.note(
+        "probe",
+        Cost(
+            meter.seconds,
+            float(measured),
+            meter.peak_bytes,
+            predicted.seconds["probe"] if predicted and not taken else None,
+            predicted.memory_bytes if predicted and not taken else None,
+        ),
+    )
+    return result
+
+
+def _predict(stage: _Stage, rounding: Meter, batch: Meter, prober: Prober) -> Estimate:
+    texts = stage.inputs.texts.values()
+    predicted = estimate(
+        load_seconds=stage.load.seconds,
+        round_seconds=rounding.seconds,
+        batch_seconds=batch.seconds,
+        peak_bytes=max(rounding.peak_bytes, batch.peak_bytes),
+        batches=len(prober.mine),
+        batch_tokens=prober.size * stage.inputs.calibration.facts.length,
+        validation_tokens=sum(t.facts.tokens for t in texts),
+        mixes=1 + len(stage.recipe.validation.baselines),
+    )
+    stage.console.print(
+        f"predicted from the first micro-batch: {predicted.total_seconds:.0f} s in all, "
+        f"peak memory {predicted.memory_bytes / 2**30:.2f} GiB (errors cached as: {prober.keep})"
+    )
+    return predicted
+
+
+def _finished(folder: RunFolder, wanted: str) -> Sensitivities | None:
+    if not (folder.sensitivities.exists() and folder.samples.exists()):
+        return None
+    try:
+        found = folder.read_sensitivities()
+    except StateMismatch:
+        return None  # damaged: the journal makes it again, to the same bits
+    return found if found.fingerprint == wanted else None
+
+
+def _choose_and_prove(stage: _Stage, sensitivities: Sensitivities) -> None:
+    folder, ledger = stage.folder, stage.ledger
+    with Meter() as meter:
+        stage.console.print("allocate: solving exactly, then resampling for stability")
+        allocation, frontier = choose(sensitivities, recipe_choice(folder))
+    write_record(folder.allocation, allocation)
+    write_record(folder.frontier, frontier)
+    ledger.note("allocate", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
+    with Meter(str(stage.inputs.model.device)) as meter:
+        fresh = _validation_needed(folder, stage.inputs, allocation)
+        if fresh:
+            _validate(folder, stage.inputs, allocation)
+    if fresh:
+        expected = stage.predicted.seconds["validate"] if stage.predicted else None
+        ledger.note("validate", Cost(meter.seconds, 0.0, meter.peak_bytes, expected))
+    with Meter() as meter:
+        for target in stage.recipe.export:
+            find_target(target).write(allocation, folder.export(target), stage.inputs.model)
+    ledger.note("export", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
+    with Meter() as meter:
+        report_run(folder.path)
+    ledger.note("report", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
+    report_run(folder.path)  # again, so that its own cost stands in it
+    print_end(folder, stage.console)
+
+
+def _validate(folder: RunFolder, inputs: Inputs, allocation: Allocation) -> Validation:
+    batch = max(1, VALIDATION_TOKENS // max(t.facts.length for t in inputs.texts.values()))
+    result = validate_mixes(inputs.model, allocation, inputs.texts, track=track, batch=batch)
+    result = replace(result, allocation=_state(inputs, allocation))
+    write_record(folder.validation, result)
+    return result
+
+
+def _validation_needed(folder: RunFolder, inputs: Inputs, allocation: Allocation) -> bool:
+    try:
+        before = folder.read_validation()
+    except StateMismatch:
+        return True
+    return before is None or before.allocation != _state(inputs, allocation)
+
+
+def _state(inputs: Inputs, allocation: Allocation) -> str:
+    """Return a hash of everything that a validation depends on."""
+    texts = {name: text.facts.hash for name, text in inputs.texts.items()}
+    plain = to_plain(allocation)
+    return fingerprint({"allocation": plain, "texts": texts, "model": inputs.model.facts.hash})
+
+
+def _refuse_other_model(allocation: Allocation, model: LoadedModel) -> None:
+    if allocation.model != model.facts.hash:
+        raise StateMismatch(
+            f"this allocation was chosen for a model with hash {allocation.model[:12]}, but "
+            f"{model.facts.source} now has {model.facts.hash[:12]}; run the recipe again."
+        )
+
+
+def _describe(inputs: Inputs) -> str:
+    facts, data = inputs.model.facts, inputs.calibration.facts
+    entries = sum(layer.numel for layer in inputs.model.layers)
+    return (
+        f"model: {facts.source}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters, "
+        f"stored as {facts.dtype}; {len(inputs.model.layers)} layers with {entries / 1e6:.1f} M "
+        f"weights to choose for, {len(inputs.model.skipped)} left alone\n"
+        f"text: {data.source}: {data.sequences} sequences of up to {data.length} tokens from "
+        f"{data.documents} documents, {int(inputs.calibration.withheld.sum())} of them withheld"
+    )

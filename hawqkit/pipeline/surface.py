@@ -1,0 +1,99 @@
+"""The Python surface: the stages as functions of records, with no recipe and no run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hawqkit.allocation import BASELINES, BUDGETS
+from hawqkit.errors import InputError, did_you_mean
+from hawqkit.pipeline.choosing import ChoiceSettings, choose
+from hawqkit.records import Allocation, Sensitivities, Validation
+from hawqkit.targets import find_target
+
+if TYPE_CHECKING:
+    from hawqkit.models import LoadedModel, Sequences
+
+
+def allocate(
+    sensitivities: Sensitivities,
+    *,
+    runtime: str = "transformers",
+    score: str = "auto",
+    risk: float = 0.0,
+    baselines: Sequence[str] = BASELINES,
+    draws: int = 32,
+    size_target: str = "compressed-tensors",
+    **budgets: float,
+) -> Allocation:
+    """Choose the format of every layer: minimize the summed score within all budgets, exactly.
+
+    Args:
+        sensitivities: from `probe`, or read from a run folder.
+        runtime: profile of layers that share a format.
+        score: a score's name; `auto` is the one that compares best.
+        risk: standard deviations added to every score.
+        baselines: other mixes to predict beside the chosen one.
+        draws: resampled probes for stability; 0 leaves it out.
+        size_target: the target whose bytes `size` limits.
+        **budgets: `average_bits`, `bits_per_weight`, `size` (bytes); several hold together.
+
+    Raises:
+        BudgetError: nothing fits; the message says what can be had.
+        InputError: a name is unknown.
+    """
+    unknown = [name for name in budgets if name not in BUDGETS]
+    if unknown:
+        raise InputError(
+            f"unknown budget {unknown[0]!r}: known are {', '.join(BUDGETS)}."
+            + did_you_mean(unknown[0], BUDGETS)
+        )
+    sized = "size" in budgets
+    settings = ChoiceSettings(
+        budgets=budgets,
+        runtime=runtime,
+        score=score,
+        risk=risk,
+        targets=(size_target,) if sized else (),
+        size_target=size_target if sized else None,
+        baselines=baselines,
+        draws=draws,
+    )
+    return choose(sensitivities, settings)[0]
+
+
+def validate(
+    model: LoadedModel, allocation: Allocation, held_out: Sequences, **other_texts: Sequences
+) -> Validation:
+    """Measure an allocation and its baselines on text that the choice never saw.
+
+    Args:
+        model: the original; it comes back bit for bit.
+        allocation: from `allocate`.
+        held_out: text of the calibration's source.
+        **other_texts: further texts; the shift is reported apart.
+    """
+    from hawqkit.sensitivity.probing import untracked
+    from hawqkit.validation.validating import validate_mixes
+
+    texts = {"held-out": held_out, **other_texts}
+    return validate_mixes(model, allocation, texts, track=untracked)
+
+
+def export(
+    allocation: Allocation, target: str, folder: str | Path, *, model: LoadedModel | None = None
+) -> list[Path]:
+    """Write an allocation for a quantizer or runtime.
+
+    Args:
+        allocation: from `allocate`.
+        target: `compressed-tensors`, `bits`; `hawqkit targets` lists them.
+        folder: is made, or replaced if it is an earlier export.
+        model: the original; needed by targets that write weights.
+
+    Raises:
+        Unsupported: the target cannot hold it; every reason at once.
+    """
+    module: Any = find_target(target)
+    return list(module.write(allocation, Path(folder), model))

@@ -1,0 +1,78 @@
+"""The report's terms in plain words."""
+
+from __future__ import annotations
+
+_TEXT = """
+KL divergence: How far the compressed model's predictions are from the original's. For every token
+of a text both models give a probability to each possible next token; the KL divergence of the
+two, averaged over tokens, is 0 if they always agree and grows as they part. At 0.1 nats the
+probability of what the original expects has fallen by about 10 % (geometric mean).
+
+Nat: The unit of KL divergence and of loss: natural logarithms. 1 nat = 1.44 bits.
+
+Format: How a layer's weights are stored. int4-g64 is whole numbers of 4 bits, with one scale for
+every 64 weights of a row; -asym adds a zero point; none keeps the weights as they were.
+
+Average bits: Bits of a weight's code, averaged over all weights of the selected layers; scales
+and zero points are not counted.
+
+Bits per weight: The same with scales, zero points and padding: what is really stored.
+
+Size: Bytes of all files that an export target writes, with embeddings, configuration and
+tokenizer. MB are 10⁶ bytes.
+
+Baseline: Another way to choose formats within the same budget. uniform: every layer alike. ends:
+the first and last blocks at 8 bit, one width elsewhere. weight-error: least squared change of the
+weights. hawq-v2: average Hessian trace times squared change of the weights.
+
+Standard error (±): How much a figure would scatter if the measurement were repeated on other text
+of the same kind. About two thirds of repetitions fall within one standard error, 95 % within two.
+
+Paired difference: The difference of two mixes, taken sequence by sequence on the same text. What
+is hard for both cancels, so it is known better than either of the two figures.
+
+Score: The predicted KL divergence if one layer alone were stored in one format. The sum of the
+scores of a mix is what the choice makes small.
+
+Predicted KL: What sequences that took no part in choosing say about the chosen mix: the sum over
+layers of half the curvature along each layer's rounding error (second order).
+
+Interactions: What the layers' errors do together beyond the sum of each alone: the joint
+prediction minus the sum.
+
+Spread: How far, relatively, the KL divergence of a mix would scatter if its rounding errors were
+random: √(2 / participation ratio of the whole network).
+
+Trace: Sum of the curvatures of a layer's block of the Fisher matrix: how strongly predictions
+react when all its weights are jiggled at random.
+
+Participation ratio: Over how many directions a layer's curvature is spread: tr(G)² / |G|_F². A
+layer of low ratio and high trace is a risky bet, because an error may hit a steep direction or
+miss it.
+
+Frontier, proven bound: The least predicted loss at every size. The bound is proven: no mix of
+these formats has a smaller sum of scores at that size.
+
+Stability: The probe's sequences are resampled and the choice is made again, many times: in what
+share of these a layer keeps its format.
+
+Same top-1: Share of predictions in which the most likely next token stays the same.
+
+Perplexity: exp(loss): among how many equally likely tokens the model seems to hesitate. Lower is
+better; it depends on the text and its tokens.
+
+Calibration and held-out text: Calibration text is what sensitivities are measured on. Held-out
+text is never seen by the choice; only it can tell how good the choice is.
+
+Gradient-equivalent: The cost of one plain forward and backward pass over one micro-batch.
+"""
+
+
+def _parse(text: str) -> tuple[tuple[str, str], ...]:
+    """Return (term, words) of paragraphs that begin with `term: `."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+    terms = (paragraph.partition(": ") for paragraph in paragraphs)
+    return tuple((term, words) for term, _, words in terms)
+
+
+GLOSSARY = _parse(_TEXT)

@@ -1,0 +1,110 @@
+"""What every target offers: the functions of a module, held to these types by a test.
+
+Letters in shapes: L layers, F formats. A mix maps layer names to format names; a layer that it does
+not name stays as it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hawqkit.errors import InputError, Unsupported, did_you_mean
+from hawqkit.formats import fitting_formats, parse_format
+from hawqkit.records import Allocation, Integers, Layer, ModelFacts
+
+if TYPE_CHECKING:
+    from hawqkit.models.model import LoadedModel
+
+
+class Target(Protocol):
+    """A module that writes a mix in the form that one quantizer or runtime reads.
+
+    Attributes:
+        NAME: the name in a recipe.
+        ABOUT: one sentence for tables.
+        RUNTIMES: names of the runtimes that read the layout.
+        SIZED: whether the files hold the weights, so that their bytes are worth a budget.
+    """
+
+    NAME: str
+    ABOUT: str
+    RUNTIMES: tuple[str, ...]
+    SIZED: bool
+
+    def problems(
+        self, mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+    ) -> list[str]:
+        """Return everything that the target cannot hold, each with the layer and what would fit."""
+
+    def size_table(
+        self, layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
+    ) -> tuple[Integers, int]:
+        """Return bytes (L, F) of each choice, and the bytes that no choice changes.
+
+        `fixed + sum of costs` is near `size`, which alone is exact: headers do not add up. A cell
+        whose format does not fit its layer is 0.
+
+        Raises:
+            Unsupported: the target has no sizes.
+        """
+
+    def size(self, mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
+        """Return the bytes of all files that `write` writes for this mix, equal to the byte.
+
+        Raises:
+            Unsupported: the target has no sizes, or cannot hold the mix.
+        """
+
+    def write(self, allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
+        """Write the allocation, and return the files.
+
+        The folder appears at once or not at all. One that an earlier export wrote is replaced.
+
+        Raises:
+            Unsupported: the target cannot hold the mix; nothing is written.
+            InputError: the folder holds something else; nothing is changed.
+        """
+
+
+def require(name: str, problems: Sequence[str]) -> None:
+    """Refuse a mix that a target cannot hold, with every problem at once.
+
+    Raises:
+        Unsupported: there are problems.
+    """
+    if not problems:
+        return
+    count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+    shown = [f"  - {problem}" for problem in problems[:20]]
+    more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
+    raise Unsupported("\n".join([f"target {name!r} cannot hold this mix: {count}", *shown, *more]))
+
+
+def mix_problems(mix: Mapping[str, str], layers: Sequence[Layer]) -> list[str]:
+    """Return what is wrong with a mix whatever the target: unknown names, misfit formats."""
+    known = {layer.name: layer for layer in layers}
+    found = (choice_problem(name, format_name, known) for name, format_name in mix.items())
+    return [problem for problem in found if problem is not None]
+
+
+def choice_problem(name: str, format_name: str, known: Mapping[str, Layer]) -> str | None:
+    """Return what is wrong with one layer's format whatever the target, None if nothing is."""
+    if name not in known:
+        return (
+            f"layer {name!r}: the model has no such layer; the mix is of another model."
+            + did_you_mean(name, list(known))
+        )
+    try:
+        format_ = parse_format(format_name)
+    except InputError as error:
+        return f"layer {name!r}: {error}"
+    columns = known[name].columns
+    if not format_.fits(columns):
+        return (
+            f"layer {name!r}: format {format_name!r} does not fit its {columns} columns, which "
+            f"{format_.group_size} does not divide; these fit: "
+            f"{', '.join(fitting_formats(columns))}."
+        )
+    return None
