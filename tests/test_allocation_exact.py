@@ -45,7 +45,7 @@ def random_problem(seed: int) -> Problem:
         ("bits_per_weight", rng.uniform(3.5, 24.0)),
         ("size", 1000 + rng.uniform(0.4, 3.0) * sum(layer.numel for layer in layers)),
     ):
-        if rng.random() < 0.6 or not budgets and name == "size":
+        if rng.random() < 0.6 or (not budgets and name == "size"):
             budgets[name] = float(np.round(limit, 3))
     return build_problem(
         layers,
@@ -100,7 +100,9 @@ def test_equals_brute_force_with_arbitrary_integer_costs(resources: int) -> None
             rng.random((groups, formats)) * 1e-9,
             np.ones((groups, formats), dtype=np.bool_),
             tuple(
-                Resource(f"r{i}", t, 7, 7 + int(t.mean(axis=1).sum() * rng.uniform(0.6, 1.2)), "bytes")
+                Resource(
+                    f"r{i}", t, 7, 7 + int(t.mean(axis=1).sum() * rng.uniform(0.6, 1.2)), "bytes"
+                )
                 for i, t in enumerate(tables)
             ),
         )
@@ -173,7 +175,7 @@ def test_the_smallest_size_can_be_asked_for_exactly() -> None:
     scores = falling_scores(layers, SIX, np.random.default_rng(0))
     table = plain_size_table(layers, SIX, header=64)
     least = table.exact({layer.name: SIX[0] for layer in layers})
-    build = dict(layers=layers, formats=SIX, scores=scores, sizes=[table])
+    build = {"layers": layers, "formats": SIX, "scores": scores, "sizes": [table]}
     problem = build_problem(**build, budgets={"size": least})  # type: ignore[arg-type]
     assert set(problem.mix(solve(problem).choice).values()) == {SIX[0]}
     with pytest.raises(BudgetError, match=f"at least {least:,} bytes"):
@@ -249,9 +251,7 @@ def test_layers_that_vllm_fuses_share_a_format_at_the_true_optimum() -> None:
     layers = llama_layers(1)
     formats = ("int2-g64", "int4-g64", "int8-g64")
     scores = falling_scores(layers, formats, np.random.default_rng(9))
-    problem = build_problem(
-        layers, formats, scores, budgets={"average_bits": 4.5}, runtime="vllm"
-    )
+    problem = build_problem(layers, formats, scores, budgets={"average_bits": 4.5}, runtime="vllm")
     solution = solve(problem)
     mix = problem.mix(solution.choice)
     q, k, v, _, gate, up, _ = (mix[layer.name] for layer in layers)
@@ -284,7 +284,7 @@ def test_a_time_limit_that_is_reached_leaves_a_valid_mix_and_bound() -> None:
     assert problem.fits(cut.choice)
     assert cut.certificate.bound <= best.objective * (1 + 1e-12)
     assert cut.objective >= best.objective * (1 - 1e-12)
-    assert cut.certificate.status in {"optimal", "time limit"}
+    assert cut.certificate.status == "time limit"
 
 
 def test_no_budget_takes_the_lowest_score_of_every_layer() -> None:

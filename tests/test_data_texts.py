@@ -161,8 +161,8 @@ def test_roles_stand_for_a_data_sets_usual_splits_and_the_record_says_which(monk
     hub(monkeypatch, ["train", "validation"], {"text": ["one"]})
     assert load_documents("owner/data").name == "owner/data:train"
     assert load_documents("owner/data", split="held-out").name == "owner/data:validation"
-    with pytest.raises(DataError, match=r"no split 'trian'.*train, validation.*'train'"):
-        load_documents("owner/data", split="trian")
+    with pytest.raises(DataError, match=r"no split 'tarin'.*train, validation.*'train'"):
+        load_documents("owner/data", split="tarin")
     hub(monkeypatch, ["train"], {"text": ["one"]})
     with pytest.raises(DataError, match="no split 'held-out'"):
         load_documents("owner/data", split="held-out")

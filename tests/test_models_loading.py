@@ -192,7 +192,7 @@ def test_package_file_is_found_without_importing_the_package(package):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("package:hk_weights/lama.gguf", r"holds no 'lama.gguf'.*llama/model\.safetensors"),
+        ("package:hk_weights/other.gguf", r"holds no 'other.gguf'.*llama/model\.safetensors"),
         ("package:hk_weights/../../x", "holds no"),
         ("package:hk_nothing/a.gguf", "no installed package 'hk_nothing'"),
         ("package:hk_weights", "write package:NAME/FILE"),

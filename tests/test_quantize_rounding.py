@@ -120,8 +120,10 @@ def test_the_largest_entry_gets_the_extra_level_and_codes_stay_in_range(name: st
         assert torch.equal(quantized.scales.float().sign(), -signs)
 
 
-@pytest.mark.parametrize(("bits", "nearest", "searched"), [(4, 0.84, 0.73), (3, 0.76, 0.66)])
-def test_signed_scales_beat_plain_absmax_by_about_what_was_measured(
+@pytest.mark.parametrize(
+    ("bits", "nearest", "searched"), [(4, 0.85, 0.79), (3, 0.76, 0.66), (2, 0.60, 0.52)]
+)
+def test_signed_scales_lower_the_squared_error_of_plain_absmax_on_gaussian_weights(
     bits: int, nearest: float, searched: float
 ) -> None:
     format_ = parse_format(f"int{bits}-g64")
@@ -133,7 +135,7 @@ def test_signed_scales_beat_plain_absmax_by_about_what_was_measured(
     for rounding, expected in (("nearest", nearest), ("searched", searched)):
         q = quantize_weight(weight, format_, rounding=rounding, scale_dtype=torch.bfloat16)
         ratio = float((dequantize(q, format_) - weight).square().sum()) / plain
-        assert abs(ratio - expected) < 0.05
+        assert abs(ratio - expected) < 0.02  # 4,096 groups leave less than 0.005
 
 
 def test_searched_is_never_worse_than_nearest_in_any_group() -> None:
@@ -146,7 +148,8 @@ def test_searched_is_never_worse_than_nearest_in_any_group() -> None:
             error = dequantize(q, format_, torch.float64) - weight
             errors.append(error.view(*q.scales.shape, -1).square().sum(-1))
         assert bool((errors[0] <= errors[1] * (1 + 1e-12)).all())
-        assert bool((errors[0] < errors[1]).any())
+        if format_.bits in (2, 3, 4):  # finer grids gain nothing from clipping
+            assert bool((errors[0] < errors[1]).any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -269,6 +272,6 @@ def test_no_error_exceeds_what_the_grid_allows(
     )
     step = quantized.scales.double().abs().unsqueeze(-1)
     # Symmetric: entries of the other side clip by up to one step. Asymmetric: the zero point is
-    # rounded, which moves an end by half a step. The scale's 8 bits move 2^(b-1) steps by 2^-9 each.
-    limit = (1.0 if format_.symmetric else 1.0) + (1 << format_.bits) * 2.0**-9
+    # rounded, so an end moves by half a step. The scale's 8 bits move an end by 2^-9 of the range.
+    limit = 1.0 + (1 << format_.bits) * 2.0**-9
     assert bool((error.abs() <= step * limit).all())

@@ -16,7 +16,7 @@ from torch import Tensor
 from hawqkit.errors import DataError, InputError, did_you_mean
 from hawqkit.models.model import LoadedModel
 from hawqkit.models.packing import Encoder, Supply, Tokens, cut_packed, cut_padded
-from hawqkit.models.texts import load_documents
+from hawqkit.models.texts import Documents, load_documents
 from hawqkit.records import DataFacts
 
 
@@ -122,13 +122,27 @@ def load_batches(
     """
     _check_options(model, sequences, length, withheld, packing)
     documents = load_documents(source, split=split, config=config, column=column)
-    chats = not isinstance(documents.items[0], str)
     encoder = Encoder(
         model.tokenizer,
         documents.name,
         answers_only=answers_only,
         vocabulary=model.facts.config.get("vocab_size"),
     )
+    chosen = _choose(documents, encoder, sequences, withheld, length, seed, packing)
+    return _stack(chosen, withheld, documents.name, seed)
+
+
+def _choose(
+    documents: Documents,
+    encoder: Encoder,
+    sequences: int,
+    withheld: int,
+    length: int,
+    seed: int,
+    packing: str,
+) -> list[Tokens]:
+    """Return the sequences that choose, then those that only predict."""
+    chats = not isinstance(documents.items[0], str)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     chosen: list[Tokens] = []
@@ -147,7 +161,7 @@ def load_batches(
         if len(found) < count:
             raise _too_little(documents.name, supply, len(found), count, length, withheld)
         chosen += found
-    return _stack(chosen, withheld, documents.name, seed)
+    return chosen
 
 
 def _check_options(

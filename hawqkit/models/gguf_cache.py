@@ -113,7 +113,10 @@ def _convert(path: Path, source: str, folder: Path) -> None:
         try:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
-        except (ValueError, KeyError, NotImplementedError) as error:
+        except (OSError, MemoryError):
+            raise
+        # An unknown architecture is a ValueError, a bad vocabulary a bare Exception of tokenizers.
+        except Exception as error:
             raise Unsupported(
                 f"{source}: transformers cannot read this GGUF file ({error}); convert it to a "
                 "safetensors folder with the tools of its family, and name that."

@@ -75,27 +75,29 @@ def find_layers(
             name = first.name if first.leaf == "weight" else _join(first.name, first.leaf)
             skipped.append(Skipped(name, first.kind, tuple(parameter.shape), reason))
             continue
-        shape = parameter.shape if first.kind != "conv1d" else parameter.shape[::-1]
-        names = {_join(u.name, u.leaf) for u in places} & set(stored or ())
-        dtype = (stored or {})[min(names)] if names else dtype_name(parameter.dtype)
-        tied = tuple(u.name for u in places if u is not first)
-        layers.append(
-            Layer(
-                name=first.name,
-                kind=first.kind,
-                rows=int(shape[0]),
-                columns=int(shape[1]),
-                dtype=dtype,
-                block=block_of(first.name),
-                tied=tied,
-                calls=len(places),
-            )
-        )
+        layers.append(_layer(parameter, first, places, stored or {}))
     if vectors:
         skipped.append(_summary(vectors))
     if not layers:
         raise InputError(_nothing_matched(uses, include, exclude))
     return tuple(layers), tuple(skipped)
+
+
+def _layer(
+    parameter: nn.Parameter, first: _Use, places: Sequence[_Use], stored: Mapping[str, str]
+) -> Layer:
+    shape = parameter.shape if first.kind != "conv1d" else parameter.shape[::-1]
+    names = sorted({_join(u.name, u.leaf) for u in places} & set(stored))
+    return Layer(
+        name=first.name,
+        kind=first.kind,
+        rows=int(shape[0]),
+        columns=int(shape[1]),
+        dtype=stored[names[0]] if names else dtype_name(parameter.dtype),
+        block=block_of(first.name),
+        tied=tuple(u.name for u in places if u is not first),
+        calls=len(places),
+    )
 
 
 def block_of(name: str) -> int | None:

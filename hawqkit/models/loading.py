@@ -48,8 +48,7 @@ def load_model(
         trust_remote_code: run Python code that comes with the checkpoint.
         include: globs on module paths, see `find_layers`.
         exclude: globs on module paths.
-        cache: folder of converted GGUF files; None is `$HAWQKIT_CACHE`, else
-            `~/.cache/hawqkit/models`.
+        cache: folder of converted GGUF files; None is `gguf_cache.default_cache()`.
 
     Raises:
         InputError: the source, its files or an option are wrong.
@@ -73,19 +72,17 @@ def load_model(
     if dtype == "auto":
         dtype = "float32" if target.type == "cpu" and most != "float64" else most
     module = _load_folder(path, name, dtype, trust_remote_code).to(target)
-    tokenizer = _load_tokenizer(path, name, trust_remote_code)
-    counts_as = {
-        key: narrower(stored.get(key, (most, 0))[0], dtype_name(tensor.dtype))
-        for key, tensor in module.state_dict().items()
-        if tensor.is_floating_point()
-    }
     return assemble(
         module,
         source=name,
-        tokenizer=tokenizer,
+        tokenizer=_load_tokenizer(path, name, trust_remote_code),
         include=include,
         exclude=exclude,
-        stored=counts_as,
+        stored={
+            key: narrower(stored.get(key, (most, 0))[0], dtype_name(tensor.dtype))
+            for key, tensor in module.state_dict().items()
+            if tensor.is_floating_point()
+        },
     )
 
 

@@ -123,15 +123,12 @@ def read_document(file: File) -> Document:
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
-    loader = _Loader(text)
     try:
-        return loader.get_single_node()
+        return yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(source, [_yaml_message(error)]) from None
     except RecursionError:
         raise RecipeError(source, ["not a recipe: lists or mappings nest too deeply."]) from None
-    finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
 
 
 def _yaml_message(error: yaml.YAMLError) -> str:
@@ -174,7 +171,8 @@ class _Builder:
         if self.left < 0:
             message = f"line {_line(node)}: aliases nest to more than {MOST_NODES} entries."
             raise RecipeError(self.document.source, [message])
-        self.document.origins.setdefault(path, f"line {_line(node)}")
+        if path:  # a problem of the whole file has no line
+            self.document.origins.setdefault(path, f"line {_line(node)}")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -291,6 +289,7 @@ def _put(document: Document, path: Path, value: Any, option: str) -> None:
             here[step] = value
         elif isinstance(step, str) and here.get(step) is None:
             here[step] = {}
+            document.origins[path[: depth + 1]] = option
         here = here[step]
     for known in [p for p in document.origins if p[: len(path)] == path]:
         del document.origins[known]

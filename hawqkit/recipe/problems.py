@@ -55,6 +55,8 @@ def explain(
     """
     grouped: dict[Path, list[ErrorDetails]] = {}
     for error in errors:
+        if error["type"] == "too_short" and error["input"]:
+            continue  # its entries are all wrong, each of which is an error already
         grouped.setdefault(_real_path(error, document.data), []).append(error)
     return {p: locate(document, p, _message(p, group, schema)) for p, group in grouped.items()}
 

@@ -94,7 +94,7 @@ class CalibrationSection(TextSection):
     withheld: StrictInt = Field(
         default=32,
         ge=0,
-        description="sequences kept from choosing, which predict the chosen mix's loss",
+        description="more sequences, which the choice never sees: they predict its loss",
     )
 
 

@@ -102,7 +102,7 @@ _TARGETS = tuple(TARGETS)
 NonEmpty = Annotated[StrictStr, Field(min_length=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-Size = Annotated[int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0)]
+Size = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)]
 Device = Annotated[StrictStr, AfterValidator(_device)]
 TextName = Annotated[str, AfterValidator(_text_name)]
 FormatName = Annotated[StrictStr, AfterValidator(_format), _enum(format_names())]

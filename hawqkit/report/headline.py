@@ -102,12 +102,13 @@ def _what_was_done(sensitivities: Sensitivities, chosen: Row | None) -> str:
 
 def _measured_sentences(rows: list[Row], text: str, counted: int) -> list[str]:
     m = rows[0].measured[text]
+    distance = with_error(m.kl, m.kl_stderr)
+    same = percent_with_error(m.same_top1, m.same_top1_stderr)
     sentences = [
         (
             f"On {counted:,} predictions of text that the choice never saw ({clean(text)}), the "
-            f"compressed model differs from the original by {with_error(m.kl, m.kl_stderr)} nats of KL "
-            f"divergence (0 would be no change); its most likely next token stays the same in "
-            f"{percent_with_error(m.same_top1, m.same_top1_stderr)} of them."
+            f"compressed model differs from the original by {distance} nats of KL divergence "
+            f"(0 would be no change); its most likely next token stays the same in {same} of them."
         )
     ]
     uniform = _uniform(rows, text)
