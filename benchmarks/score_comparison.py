@@ -66,7 +66,9 @@ def main() -> None:
         )  # fmt: skip
         for draw in range(DRAWS):
             chosen = np.arange(draw * args.sequences, (draw + 1) * args.sequences)
-            for score, values in scores_of(model, batches, table, chosen, out, f"{name}-{draw}").items():
+            for score, values in scores_of(
+                model, batches, table, chosen, out, f"{name}-{draw}"
+            ).items():
                 found = allocate_table(
                     table.layers, FORMATS, values, budgets={"average_bits": args.bits}
                 )
@@ -109,9 +111,7 @@ def scores_of(model, batches, table, rows, out, name):
     """Return score name -> (L, F) from these sequences alone."""
     sums, facts = sums_of(table.samples, rows), facts_of(table)
     result = {
-        n: evaluate_totals(n, sums, facts)
-        for n in SCORES
-        if n not in ("shrunk", "weight-error")
+        n: evaluate_totals(n, sums, facts) for n in SCORES if n not in ("shrunk", "weight-error")
     }
     totals = {k: v.sum(0) for k, v in sums.items()}
     isotropic = trace(totals, facts)
@@ -183,9 +183,7 @@ def measured_plain(model, text, sequences, out):
         finally:
             for name, w in before.items():
                 model.parameter(name).data = w
-        kl = [
-            float((p.exp() * (p - q)).sum()) for p, q in zip(original, changed, strict=True)
-        ]
+        kl = [float((p.exp() * (p - q)).sum()) for p, q in zip(original, changed, strict=True)]
         write_text_atomic(path, json.dumps([kl, n]))
     return json.loads(path.read_text())
 
@@ -210,15 +208,21 @@ def by_sequence(found: TokenResults, sequences) -> list[list[float]]:
 def table_of(rows, held, sources) -> str:
     """Return KL by score, over all draws and calibration texts, and paired ratios to `trace`."""
     names = sorted({key.split("/")[0] for key in rows})
-    lines = ["| score | " + " | ".join(f"calibrated on {s}, KL on {t}" for s in sources for t in held)
-             + " | minus trace, all | over plain uniform |", "|---|" + "---|" * (len(sources) * len(held) + 2)]
+    lines = [
+        "| score | "
+        + " | ".join(f"calibrated on {s}, KL on {t}" for s in sources for t in held)
+        + " | minus trace, all | over plain uniform |",
+        "|---|" + "---|" * (len(sources) * len(held) + 2),
+    ]
     plain = {t: mean(rows["uniform-plain//"][t]) for t in held}
     order = []
     for name in names:
         cells, differences, ratios = [], [], []
         for s in sources:
             for t in held:
-                keys = [k for k in (f"{name}/{s}/{d}" for d in range(DRAWS)) if k in rows] or [f"{name}//"]
+                keys = [k for k in (f"{name}/{s}/{d}" for d in range(DRAWS)) if k in rows] or [
+                    f"{name}//"
+                ]
                 values = [mean(rows[k][t]) for k in keys]
                 cells.append(f"{np.mean(values):.4f}")
                 ratios.append(np.mean(values) / plain[t])
@@ -229,9 +233,17 @@ def table_of(rows, held, sources) -> str:
         per = np.array([d / n for d in differences])  # (runs, sequences)
         sequence_mean = per.reshape(len(differences), -1).mean(0)
         diff = sequence_mean.mean()
-        error = np.sqrt(per.mean(1).var(ddof=1) / len(per) + sequence_mean.var(ddof=1) / len(sequence_mean))
-        order.append((np.mean(ratios), f"| {name} | " + " | ".join(cells)
-                      + f" | {diff:+.4f} ± {error:.4f} | {np.mean(ratios):.3f} |"))
+        error = np.sqrt(
+            per.mean(1).var(ddof=1) / len(per) + sequence_mean.var(ddof=1) / len(sequence_mean)
+        )
+        order.append(
+            (
+                np.mean(ratios),
+                f"| {name} | "
+                + " | ".join(cells)
+                + f" | {diff:+.4f} ± {error:.4f} | {np.mean(ratios):.3f} |",
+            )
+        )
     return "\n".join([*lines, *(line for _, line in sorted(order))]) + "\n"
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ def read_record(path: str | Path, kind: type[Record]) -> Record:
     if found != SCHEMA:
         raise StateMismatch(f"{path}: no hawqkit record (schema {found!r}); run its stage again.")
     try:
-        return _adapter(kind).validate_python(content)
+        found_record: Record = _adapter(cast(Any, kind)).validate_python(content)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
@@ -99,10 +99,11 @@ def read_record(path: str | Path, kind: type[Record]) -> Record:
             f"{path}: not a valid {kind.__name__}: {'; '.join(lines[:3])}{more}; "
             "restore the file or run its stage again."
         ) from error
+    return found_record
 
 
 @lru_cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

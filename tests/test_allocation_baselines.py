@@ -167,7 +167,7 @@ def test_weight_error_and_hawq_v2_are_the_optima_of_their_own_tables() -> None:
 def test_unknown_names_missing_tables_and_bad_values_are_refused() -> None:
     problem = build_problem(LAYERS, SIX, SCORES, budgets={"average_bits": 4})
     with pytest.raises(InputError, match="Did you mean 'uniform'"):
-        make_baselines(problem, ["unifrom"])
+        make_baselines(problem, ["uniforms"])
     with pytest.raises(InputError, match="'hawq-v2' needs its table"):
         make_baselines(problem, ["uniform", "hawq-v2"])
     with pytest.raises(NumericalError, match=r"model\.embed_tokens"):

@@ -12,7 +12,6 @@ from hawqkit.formats import parse_format
 from hawqkit.models.model import wrap_model
 from hawqkit.quantize.errors_of import make_errors
 from hawqkit.sensitivity.dual_probe import DualProbe
-from hawqkit.sensitivity.probing import ProbeSettings, probe
 
 FORMATS = ["int2-g32", "int4-g32-asym", "int8-channel"]
 
@@ -29,13 +28,18 @@ def measured(module, batches, *, size=3, positions=1000, seed=0, **options):
     parsed = [parse_format(f) for f in FORMATS]
     weights = {x.name: model.weight(x.name) for x in model.layers}
     errors = {
-        n: make_errors(
-            w, parsed, rounding="searched", scale_dtype=torch.bfloat16, keep="codes"
-        )
+        n: make_errors(w, parsed, rounding="searched", scale_dtype=torch.bfloat16, keep="codes")
         for n, w in weights.items()
     }
     with DualProbe(
-        module, model.layers, weights, errors, formats=FORMATS, positions=positions, seed=seed, **options
+        module,
+        model.layers,
+        weights,
+        errors,
+        formats=FORMATS,
+        positions=positions,
+        seed=seed,
+        **options,
     ) as dual:
         return model, errors, weights, [dual.measure(b) for b in batches.micro_batches(size)]
 
@@ -54,7 +58,11 @@ def test_every_sum_equals_plain_autograd_with_the_same_labels(name):
     model, errors, weights, (found,) = measured(module, batches)
     labels = torch.from_numpy(found["labels"])
     gradients = oracles.sequence_gradients(
-        module, [f"{x.name}.weight" for x in model.layers], batches.tokens, batches.attention, labels
+        module,
+        [f"{x.name}.weight" for x in model.layers],
+        batches.tokens,
+        batches.attention,
+        labels,
     )
     for i, layer in enumerate(model.layers):
         g = gradients[f"{layer.name}.weight"]

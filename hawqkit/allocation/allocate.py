@@ -42,6 +42,14 @@ def allocate_table(
 ) -> Allocated:
     """Choose the format of every layer so that the summed score is smallest within all budgets.
 
+    >>> import numpy as np
+    >>> layers = [Layer(name, "linear", 8, 64, "float32") for name in ("up", "down")]
+    >>> scores = np.array([[0.9, 0.2, 0.01], [0.3, 0.1, 0.01]])  # (layers, formats), nats
+    >>> formats = ["int2-g64", "int4-g64", "int6-g64"]
+    >>> found = allocate_table(layers, formats, scores, budgets={"average_bits": 4})
+    >>> found.layers, round(found.solution.objective, 6), found.totals.average_bits
+    ({'up': 'int4-g64', 'down': 'int4-g64'}, 0.3, 4.0)
+
     Args:
         layers: L layers.
         formats: F format names.

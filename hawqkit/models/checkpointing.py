@@ -35,7 +35,7 @@ def checkpointed(module: nn.Module) -> Iterator[None]:
         for block in blocks:
             block.gradient_checkpointing = True
             block.training = True
-            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            vars(block)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
         yield
     finally:
         for block, state in zip(blocks, before, strict=True):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hawqkit.errors import InputError
-from hawqkit.records import Allocation, Frontier, Provenance, Sensitivities, Validation
 from hawqkit.recipe import Recipe, load_recipe
+from hawqkit.records import Allocation, Frontier, Provenance, Sensitivities, Validation
 from hawqkit.store import read_record, read_samples, write_record, write_samples
 
 

@@ -22,7 +22,7 @@ def track(items: Iterable[Any], stage: str, total: int) -> Iterable[Any]:
     Without a terminal it writes a line about every ten seconds, so that a log stays readable.
     """
     terminal = sys.stderr.isatty()
-    return tqdm(
+    bar: Iterable[Any] = tqdm(
         items,
         desc=f"{stage:>24}",
         total=total,
@@ -33,6 +33,7 @@ def track(items: Iterable[Any], stage: str, total: int) -> Iterable[Any]:
         ascii=" #" if not terminal else None,
         leave=True,
     )
+    return bar
 
 
 def speaker() -> Console:

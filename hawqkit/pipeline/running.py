@@ -52,8 +52,7 @@ def validate_run(folder: str | Path) -> Validation:
         allocation = run_folder.read_allocation()
         inputs = load_inputs(recipe)
         _refuse_other_model(allocation, inputs.model)
-        result = _validate(run_folder, inputs, allocation)
-    return result
+        return _validate(run_folder, inputs, allocation)
 
 
 def export_run(folder: str | Path, target: str, output: str | Path | None = None) -> list[Path]:

@@ -124,7 +124,8 @@ def read_document(file: File) -> Document:
 
 def _compose(text: str, source: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_Loader)
+        node: yaml.Node | None = yaml.compose(text, Loader=_Loader)  # type: ignore[no-untyped-call]
+        return node
     except yaml.YAMLError as error:
         raise RecipeError(source, [_yaml_message(error)]) from None
     except RecursionError:

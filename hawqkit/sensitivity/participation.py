@@ -20,7 +20,7 @@ def participation_ratios(samples: Samples, rows: Integers | None = None) -> tupl
     """
     keep = np.ones(len(samples.pairs), dtype=bool)
     if rows is not None:
-        keep = np.isin(samples.pairs, rows).all(1)
+        keep = np.asarray(np.isin(samples.pairs, rows).all(axis=1), dtype=bool)
     first, second = samples.pairs[keep].T
     gram, squares = samples.gram[keep], samples.squared_gradient
     if not len(gram):

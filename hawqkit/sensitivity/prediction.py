@@ -37,6 +37,10 @@ def predict(
     dW were random. Standard errors are jackknives over documents.
 
     Args:
+        samples: of the probe.
+        layers: L layers.
+        formats: F names, the columns of the samples.
+        mix: layer name -> format name.
         rows: the sequences to predict from; default those withheld from choosing.
 
     Raises:
@@ -84,6 +88,10 @@ def cross_fitted(
     infinite.
 
     Args:
+        samples: of the probe.
+        layers: L layers.
+        formats: F names, the columns of the samples.
+        folds: number of folds.
         choose: rows -> mix, the whole procedure from scores to solver.
     """
     documents = np.unique(samples.document)

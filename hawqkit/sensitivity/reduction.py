@@ -101,7 +101,7 @@ def _row_chunks(uses: list[Use], weight: Tensor, copies: int) -> Iterator[Tensor
     step = max(1, limit // (columns * max(copies, 1)))
     touched = uses[0].rows(total) if len(uses) == 1 else None
     if touched is not None:
-        yield from touched.split(step)
+        yield from torch.split(touched, step)
         return
     for start in range(0, total, step):
         yield slice(start, min(start + step, total))

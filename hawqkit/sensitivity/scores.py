@@ -25,7 +25,8 @@ AUTO = "shrunk"
 
 
 def _per_numel(s: Sums, facts: Facts) -> Floats:
-    return s["squared_gradient"] / s["count"][..., None] / facts.numel
+    traces: Floats = s["squared_gradient"] / s["count"][..., None]
+    return traces / facts.numel
 
 
 def trace(s: Sums, facts: Facts) -> Floats:
@@ -59,7 +60,8 @@ def shrunk(s: Sums, facts: Facts) -> Floats:
     either.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
-        return trace(s, facts) ** (1 - SHRINKAGE) * token(s, facts) ** SHRINKAGE
+        mean: Floats = trace(s, facts) ** (1 - SHRINKAGE) * token(s, facts) ** SHRINKAGE
+    return mean
 
 
 def weight_error(s: Sums, facts: Facts) -> Floats:

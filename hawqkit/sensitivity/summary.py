@@ -44,7 +44,13 @@ def summarize(
     Args:
         samples: of all sequences.
         weight_error: (L, F) |dW|^2.
-        model, data, layers, skipped, formats, rounding, fingerprint: as in `Sensitivities`.
+        model: facts of the model.
+        data: facts of the text.
+        layers: L layers.
+        skipped: weights that are left alone.
+        formats: F names.
+        rounding: `nearest` or `searched`.
+        fingerprint: hash of all that the samples depend on.
     """
     facts = score_facts(layers, weight_error)
     sums = sums_of(samples)

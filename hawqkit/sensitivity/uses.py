@@ -96,7 +96,8 @@ class EmbeddingUse(Use):
 
     def rows(self, total: int) -> Tensor | None:
         """Only the rows of tokens that occur are touched."""
-        return torch.unique(self.ids)
+        touched: Tensor = torch.unique(self.ids)  # type: ignore[no-untyped-call]
+        return touched
 
     def gradient(self, rows: Tensor | slice) -> Tensor:
         """Scatter the output gradients over token ids, (B, R, C)."""

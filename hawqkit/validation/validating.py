@@ -14,8 +14,8 @@ from hawqkit.records import (
     Integers,
     Measured,
     Mix,
-    Validation,
     ValidatedMix,
+    Validation,
 )
 from hawqkit.statistics import ratio
 from hawqkit.validation.measuring import TokenResults, Track, measure_text
@@ -103,7 +103,7 @@ def _measured(mix: TokenResults, chosen: TokenResults, clusters: Integers) -> Me
 def _mean(results: TokenResults, values: Floats, clusters: Integers) -> tuple[float, float]:
     """Return the token mean and its jackknife error; with one document, over sequences."""
     count = len(clusters)
-    sums = np.bincount(results.sequence, weights=values, minlength=count)
+    sums = np.bincount(results.sequence, weights=values, minlength=count).astype(np.float64)
     counts = np.bincount(results.sequence, minlength=count).astype(np.float64)
     apart = clusters if len(np.unique(clusters)) > 1 else np.arange(count)
     mean, stderr = ratio(sums, counts, apart)

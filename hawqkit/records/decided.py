@@ -1,0 +1,208 @@
+"""Records of what is decided and shown: mixes, allocations, frontiers, validations, provenance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hawqkit.records.measured import SCHEMA, DataFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The three sizes of a mix, told apart.
+
+    Attributes:
+        average_bits: sum of numel * code bits / sum of numel, over the selected layers.
+        bits_per_weight: the same with scales, zero points and padding.
+        size: target -> bytes of all files which that target writes.
+    """
+
+    average_bits: float
+    bits_per_weight: float
+    size: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Proof of optimality: no allocation within the budgets has a summed score below `bound`."""
+
+    solver: str
+    status: str
+    objective: float
+    bound: float
+    relative_gap: float
+    groups: int
+    variables: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicted mean KL of one whole mix, in nats, from sequences that did not choose it.
+
+    Attributes:
+        kl: sum over layers of 1/2 (g . dW)^2 / n.
+        joint: 1/2 (sum over layers of g . dW)^2 / n, that is with the interactions between layers.
+        interactions: joint - kl.
+        spread: sqrt(2 / participation ratio of the network), relative: what random rounding does.
+        sequences: number of sequences behind the figures.
+        cross_fitted: the procedure's KL: chosen on the other folds, predicted on each in turn.
+    """
+
+    kl: float
+    kl_stderr: float
+    joint: float
+    joint_stderr: float
+    interactions: float
+    interactions_stderr: float
+    spread: float | None
+    sequences: int
+    cross_fitted: float | None = None
+    cross_fitted_stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One assignment of formats to layers, with its sizes and its predicted loss."""
+
+    name: str
+    about: str
+    layers: dict[str, str]
+    totals: Totals
+    objective: float
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """The bit configuration: `allocation.json`.
+
+    Attributes:
+        layers: layer name -> format name.
+        budgets: name -> limit, as asked.
+        totals: what the mix really takes.
+        score: the score that chose.
+        objective: summed score of the chosen mix, in nats (quiet, but seen by the choice).
+        prediction: what sequences say that the choice has not seen.
+        stability: layer -> share of resampled probes in which it keeps its format.
+        baselines: other mixes within the same budgets.
+        sensitivities: fingerprint of the table that was solved.
+    """
+
+    layers: dict[str, str]
+    budgets: dict[str, float]
+    totals: Totals
+    runtime: str
+    score: str
+    risk: float
+    objective: float
+    certificate: Certificate
+    prediction: Prediction | None = None
+    stability: dict[str, float] = field(default_factory=dict)
+    baselines: tuple[Mix, ...] = ()
+    model: str = ""
+    sensitivities: str = ""
+    rounding: str = "searched"
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class FrontierPoint:
+    """The best summed score at one size; `bound` is proven, so the truth lies in [bound, objective]."""
+
+    average_bits: float
+    bits_per_weight: float
+    objective: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """Size against predicted loss: `frontier.json`; `uniform` holds (format, point) for comparison."""
+
+    points: tuple[FrontierPoint, ...]
+    uniform: dict[str, FrontierPoint]
+    chosen: FrontierPoint
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One mix on one text: token means, with standard errors clustered by document.
+
+    Attributes:
+        kl: mean KL(original || quantized) in nats per counted prediction.
+        same_top1: share of predictions whose most likely token stays the same.
+        loss: mean cross-entropy of the quantized model, in nats.
+        difference: kl(this mix) - kl(chosen mix), paired by sequence.
+    """
+
+    kl: float
+    kl_stderr: float
+    kl_median: float
+    kl_p99: float
+    same_top1: float
+    same_top1_stderr: float
+    loss: float
+    loss_stderr: float
+    perplexity: float
+    difference: float
+    difference_stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedMix:
+    """A mix with what was measured on each text; the key is the text's name."""
+
+    name: str
+    about: str
+    totals: Totals
+    prediction: Prediction | None
+    measured: dict[str, Measured]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Predicted against measured, on text that the choice never saw: `validation.json`.
+
+    Attributes:
+        texts: name -> facts of the text; `held-out` is of the calibration's source.
+        original: text -> (loss, stderr) of the original model.
+        mixes: the chosen mix first, then the baselines.
+    """
+
+    texts: dict[str, DataFacts]
+    original: dict[str, tuple[float, float]]
+    mixes: tuple[ValidatedMix, ...]
+    allocation: str = ""
+    warnings: tuple[str, ...] = ()
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a stage took. One gradient-equivalent is one plain forward and backward pass."""
+
+    seconds: float
+    gradient_equivalents: float = 0.0
+    peak_memory_bytes: int = 0
+    predicted_seconds: float | None = None
+    predicted_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Everything that may differ between two equal runs: `provenance.json`."""
+
+    versions: dict[str, str]
+    host: str
+    platform: str
+    started: str
+    finished: str
+    resumes: int
+    processes: int
+    devices: tuple[str, ...]
+    seeds: dict[str, int]
+    hashes: dict[str, str]
+    costs: dict[str, Cost]
+    schema: int = SCHEMA
