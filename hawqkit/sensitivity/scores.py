@@ -66,7 +66,7 @@ def shrunk(s: Sums, facts: Facts) -> Floats:
 
 def weight_error(s: Sums, facts: Facts) -> Floats:
     """`|dW|^2` with one curvature for the whole network: `1/2 sum_l tr(G_l) / sum_l n_l |dW|^2`."""
-    mean = s["squared_gradient"].sum(-1) / s["count"] / facts.numel.sum()
+    mean: Floats = s["squared_gradient"].sum(-1) / s["count"] / facts.numel.sum()
     return 0.5 * mean[..., None, None] * facts.weight_error
 
 

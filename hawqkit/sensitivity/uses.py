@@ -96,7 +96,7 @@ class EmbeddingUse(Use):
 
     def rows(self, total: int) -> Tensor | None:
         """Only the rows of tokens that occur are touched."""
-        touched: Tensor = torch.unique(self.ids)  # type: ignore[no-untyped-call]
+        touched: Tensor = torch.unique(self.ids)
         return touched
 
     def gradient(self, rows: Tensor | slice) -> Tensor:
