@@ -17,6 +17,11 @@ class RunFolder:
 
     path: Path
 
+    @classmethod
+    def at(cls, path: str | Path) -> RunFolder:
+        """Return the run folder at a path."""
+        return cls(Path(path))
+
     @property
     def recipe(self) -> Path:
         """The resolved recipe."""
