@@ -49,8 +49,14 @@ def processes() -> Processes:
         return Processes(0, 1, default_device())
     from accelerate import PartialState
 
-    state = PartialState()
+    # PartialState does not read ACCELERATE_USE_CPU itself, and without `cpu` it stays one process.
+    state = PartialState(cpu=_on_cpu())
     return Processes(state.process_index, state.num_processes, str(state.device))
+
+
+def _on_cpu() -> bool:
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on")
+    return asked or not torch.accelerator.is_available()
 
 
 def default_device() -> str:

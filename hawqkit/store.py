@@ -128,7 +128,10 @@ def write_arrays(path: str | Path, arrays: Arrays, metadata: Mapping[str, str]) 
     """Write arrays as safetensors with a checksum of their bytes."""
     ordered = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
     return write_bytes_atomic(
-        path, save(ordered, metadata={**metadata, "sha256": _checksum(ordered)})
+        path,
+        save(
+            ordered, metadata={"hawqkit": _sorted_json({**metadata, "sha256": _checksum(ordered)})}
+        ),
     )
 
 
@@ -140,7 +143,7 @@ def read_arrays(path: str | Path) -> tuple[Arrays, dict[str, str]]:
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
+            metadata = dict(json.loads((file.metadata() or {}).get("hawqkit", "{}")))
             arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, ValueError, OSError) as error:
         raise StateMismatch(f"{path}: cannot be read ({error}); run its stage again.") from error
@@ -179,6 +182,11 @@ def _checksum(arrays: Arrays) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _sorted_json(metadata: Mapping[str, str]) -> str:
+    """Return metadata as one entry: the library writes several in an order of its own."""
+    return json.dumps(metadata, sort_keys=True)
 
 
 def _umask() -> int:

@@ -182,7 +182,11 @@ def recipe_choice(run: RunFolder) -> ChoiceSettings:
         runtime=recipe.runtime,
         score=recipe.sensitivity.score,
         risk=recipe.sensitivity.risk,
-        targets=recipe.export,
+        targets=tuple(
+            dict.fromkeys(
+                (*recipe.export, *([recipe.counted_target()] if recipe.budget.size else []))
+            )
+        ),
         size_target=recipe.counted_target() if recipe.budget.size is not None else None,
         baselines=recipe.validation.baselines,
         draws=recipe.stability.draws,
