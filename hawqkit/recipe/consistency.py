@@ -64,6 +64,8 @@ def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:
 
 
 def _origin(text: TextSection) -> tuple[str | None, ...]:
+    if text.source.endswith((".txt", ".jsonl", ".parquet")):
+        return text.source, text.config, ""  # a local file has no splits: both names mean all of it
     return text.source, text.config, text.split
 
 
