@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TARGET = Path(__file__).resolve().parents[1] / "hawqkit/models/data/state_of_the_union.jsonl.gz"
-# 232 addresses of this many characters are 1 MB, and each gives four windows of 256 tokens.
+# 232 addresses of this many characters are 1 MB; most give three windows of 256 SmolLM2 tokens.
 CHARACTERS = 4600
 PASSAGE = 400  # characters in a row that no two documents share; quotations are shorter
 HELD_OUT_EVERY = 4
