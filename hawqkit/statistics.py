@@ -1,4 +1,4 @@
-"""Means of sums with standard errors: clustered jackknife, intervals, ranks. numpy and scipy only.
+"""Means of sums with standard errors: clustered jackknife, intervals, ranks. numpy only.
 
 Every estimate here is a smooth function of sums over sequences, so a leave-one-cluster-out replicate
 costs one subtraction: total - cluster.
@@ -68,29 +68,8 @@ def _expand(small: Array, like: Array) -> Array:
     return small.reshape(small.shape + (1,) * (like.ndim - small.ndim))
 
 
-def student_interval(
-    mean: float, stderr: float, samples: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Return the two-sided Student-t interval with `samples - 1` degrees of freedom."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.5 + level / 2, max(samples - 1, 1))) * stderr
-    return mean - half, mean + half
-
-
 def bootstrap_weights(clusters: NDArray[np.int64], generator: np.random.Generator) -> Array:
     """Return one multinomial bootstrap weight a sequence; sequences of a cluster move together."""
     ids, inverse = np.unique(clusters, return_inverse=True)
     counts = np.bincount(generator.integers(0, len(ids), len(ids)), minlength=len(ids))
     return np.asarray(counts[inverse], dtype=np.float64)
-
-
-def spearman(a: Array, b: Array) -> float:
-    """Return Spearman's rank correlation.
-
-    >>> round(spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 20.0, 30.0])), 6)
-    1.0
-    """
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)

@@ -75,3 +75,21 @@ def test_a_killed_probe_started_again_ends_with_the_same_bits(home: Path) -> Non
     subprocess.run(command, cwd=home, check=True)
     for name in ("sensitivities.json", "samples.safetensors"):
         assert (home / "killed" / name).read_bytes() == (home / "one" / name).read_bytes()
+
+
+def test_a_folder_of_another_text_is_refused_and_stays_as_it_was(home: Path) -> None:
+    before = {p: p.read_bytes() for p in (home / "one").rglob("*") if p.is_file()}
+    command = [sys.executable, *PROBE, "pico.yaml", "-o", "one", "--set", "calibration.seed=5"]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "data: there" in done.stderr
+    assert {p: p.read_bytes() for p in (home / "one").rglob("*") if p.is_file()} == before
+
+
+def test_an_impossible_size_is_refused_before_anything_is_written(home: Path) -> None:
+    budget = ["--set", "budget.average_bits=null", "--set", "budget.size=1kB"]
+    command = [sys.executable, *PROBE, "pico.yaml", "-o", "impossible", *budget]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "bytes" in done.stderr
+    assert not (home / "impossible").exists()

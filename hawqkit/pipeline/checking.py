@@ -53,8 +53,7 @@ class CheckResult:
 def check(recipe: Recipe) -> CheckResult:
     """Load what a recipe names, refuse what would fail later, and measure one micro-batch.
 
-    Writes nothing. The budget is tried on the layers' sizes, so that an impossible one is refused
-    here.
+    Writes nothing. An impossible budget is refused here, as in a run.
     """
     processes = describe_processes()
     with Meter() as load:
@@ -67,17 +66,7 @@ def check(recipe: Recipe) -> CheckResult:
         prober.prepare(track)
     with prober, Meter(device) as batch:
         prober.measure(0)
-    tables = size_tables(recipe.export, prober.layers, recipe.formats, inputs.model.facts)
     errors = weight_errors(prober.layers, recipe.formats, prober.errors)
-    allocate_table(
-        prober.layers,
-        recipe.formats,
-        errors,
-        budgets=recipe.budget.limits(),
-        runtime=recipe.runtime,
-        size_tables=tables,
-        size_target=recipe.counted_target() if recipe.budget.size is not None else None,
-    )
     sizes = []
     for name in recipe.formats:
         uniform = allocate_table(

@@ -33,12 +33,10 @@ class Estimate:
     Attributes:
         seconds: stage -> seconds.
         memory_bytes: peak of the process (CPU) or of the device's allocator.
-        gradient_seconds: one micro-batch of the probe.
     """
 
     seconds: dict[str, float]
     memory_bytes: int
-    gradient_seconds: float
 
     @property
     def total_seconds(self) -> float:
@@ -76,7 +74,7 @@ def estimate(
         "allocate, export, report": FIXED_SECONDS,
         "validate": passes * batch_seconds * FORWARD_SHARE + round_seconds / 6 * mixes,
     }
-    return Estimate(seconds, peak_bytes, batch_seconds)
+    return Estimate(seconds, peak_bytes)
 
 
 class Ledger:
@@ -100,11 +98,6 @@ class Ledger:
             hashes=dict(hashes),
             costs=dict(before.costs) if before else {},
         )
-
-    @property
-    def record(self) -> Provenance:
-        """What stands in the file."""
-        return self._record
 
     def note(self, stage: str, cost: Cost) -> None:
         """Remember a stage's cost; a stage that ran again replaces what stood there."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from hawqkit import distributed
+from hawqkit.allocation import allocate_table
 from hawqkit.errors import HawqkitError, InputError, Unsupported
 from hawqkit.models import LoadedModel, Sequences, load_batches, load_model
+from hawqkit.pipeline.choosing import size_tables
 from hawqkit.recipe import Recipe, TextSection
 from hawqkit.records import Layer, ModelFacts
 from hawqkit.sensitivity.probing import ProbeSettings, fitting_layers
@@ -61,7 +64,10 @@ def load_inputs(recipe: Recipe) -> Inputs:
             problems.append(error)
     try:
         layers, _ = fitting_layers(model, recipe.formats, recipe.layers.misfits)
-        problems += target_problems(recipe.export, layers, recipe.formats, model.facts)
+        wrong = target_problems(recipe.export, layers, recipe.formats, model.facts)
+        problems += wrong
+        if not wrong:
+            refuse_impossible(recipe, layers, model.facts)
     except InputError as error:
         problems.append(error)
     if len(problems) == 1:
@@ -69,6 +75,26 @@ def load_inputs(recipe: Recipe) -> Inputs:
     if problems:
         raise InputError(f"{len(problems)} problems:\n" + "\n".join(f"- {p}" for p in problems))
     return Inputs(model, texts.pop("calibration"), texts)
+
+
+def refuse_impossible(recipe: Recipe, layers: Sequence[Layer], facts: ModelFacts) -> None:
+    """Refuse budgets that no mix can meet, before anything is measured.
+
+    Sizes do not depend on scores, so a table of zeros shows whether there is a mix at all.
+
+    Raises:
+        BudgetError: says what can be had.
+    """
+    counted = [recipe.counted_target()] if recipe.budget.size is not None else []
+    allocate_table(
+        layers,
+        recipe.formats,
+        np.zeros((len(layers), len(recipe.formats))),
+        budgets=recipe.budget.limits(),
+        runtime=recipe.runtime,
+        size_tables=size_tables(counted, layers, recipe.formats, facts),
+        size_target=counted[0] if counted else None,
+    )
 
 
 def load_text(section: TextSection, model: LoadedModel, withheld: int = 0) -> Sequences:

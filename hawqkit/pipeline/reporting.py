@@ -52,13 +52,13 @@ def print_end(folder: RunFolder, console: Console) -> None:
     guesses = [c.predicted_seconds for c in costs.values() if c.predicted_seconds is not None]
     known = [c for c in costs.values() if c.predicted_seconds is not None]
     guess_bytes = max((c.predicted_memory_bytes or 0 for c in costs.values()), default=0)
-    console.print(f"took {seconds:.0f} s in all, peak memory {peak / 2**30:.2f} GiB")
+    console.print(f"all stages took {seconds:.0f} s, peak memory {peak / 2**30:.2f} GiB")
     if known:
         actual = sum(c.seconds for c in known)
-        memory = f"; memory {guess_bytes / 2**30:.2f} GiB" if guess_bytes else ""
+        memory = f"; peak memory {guess_bytes / 2**30:.2f} GiB" if guess_bytes else ""
         console.print(
-            f"predicted beside actual: {sum(guesses):.0f} s and {actual:.0f} s for probe and "
-            f"validation{memory}"
+            f"of which were predicted: {sum(guesses):.1f} s for what took {actual:.1f} s (probe and "
+            f"validation){memory}"
         )
     console.print(f"report:  {folder.report}")
     for path in sorted((folder.path / "exports").glob("*")):
@@ -68,4 +68,8 @@ def print_end(folder: RunFolder, console: Console) -> None:
     console.print(
         f"  hawqkit allocate {folder.path} --budget average_bits=4.5 -o allocation-4.5.json"
     )
-    console.print(f"  python examples/load_export.py {folder.export('compressed-tensors')}")
+    if folder.export("compressed-tensors").is_dir():
+        checkpoint = folder.export("compressed-tensors")
+        console.print(f"  python examples/load_export.py {checkpoint}")
+    else:
+        console.print(f"  hawqkit export {folder.path} --target compressed-tensors")

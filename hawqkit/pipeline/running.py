@@ -56,7 +56,7 @@ def validate_run(folder: str | Path) -> Validation:
 
 
 def export_run(folder: str | Path, target: str, output: str | Path | None = None) -> list[Path]:
-    """Write the allocation of a run folder for one target; the model is loaded only if it is needed."""
+    """Write the allocation of a run folder for one target; the model of its recipe is loaded."""
     run_folder = RunFolder(Path(folder))
     allocation = run_folder.read_allocation()
     sensitivities = run_folder.read_sensitivities()
@@ -97,7 +97,6 @@ def _run(recipe: Recipe, path: Path, *, only_probe: bool) -> None:
     try:
         folder = RunFolder(path)
         stage = _Stage(recipe, folder, console, load, inputs, _ledger(recipe, folder, inputs))
-        stage.ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
         sensitivities = _probe(stage)
         if main:
             write_text_atomic(folder.recipe, recipe.resolved_yaml())
@@ -131,6 +130,10 @@ def _probe(stage: _Stage) -> Sensitivities:
         probe_settings(stage.recipe),
         folder.journal,
     )
+    # Not before the journal has been found to be of this model, text and seed: a folder that is
+    # refused stays as it was.
+    load = stage.load
+    stage.ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
     finished = _finished(folder, prober.fingerprint)
     if finished is not None:
         stage.console.print("probe: taken from the run folder, nothing has changed")
@@ -148,6 +151,7 @@ def _probe(stage: _Stage) -> Sensitivities:
                     stage.predicted = _predict(stage, rounding, batch, prober)
         result = prober.finish()
     taken = len(prober.mine) - measured
+    everywhere = sum(distributed.gather(measured))
     if taken:
         stage.console.print(f"probe: {taken} of {len(prober.mine)} micro-batches from the journal")
     predicted = stage.predicted
@@ -155,7 +159,7 @@ def _probe(stage: _Stage) -> Sensitivities:
         "probe",
         Cost(
             meter.seconds,
-            float(measured),
+            float(everywhere),
             meter.peak_bytes,
             predicted.seconds["probe"] if predicted and not taken else None,
             predicted.memory_bytes if predicted and not taken else None,

@@ -18,9 +18,9 @@ from hawqkit.errors import InputError, did_you_mean
 from hawqkit.records import Floats, Integers, Samples
 from hawqkit.statistics import Sums, cluster_sums, jackknife
 
-SHRINKAGE = (
-    0.25  # weight of the token score in the geometric mean `shrunk`; docs/scores.md compares
-)
+# Weight of the token score in the geometric mean `shrunk`. From a prototype on one model and one seed;
+# benchmarks/score_comparison.py is there to settle it.
+SHRINKAGE = 0.25
 AUTO = "shrunk"
 
 
@@ -56,8 +56,8 @@ def shrunk(s: Sums, facts: Facts) -> Floats:
     """`trace^(1 - b) * token^b`, b = 0.25.
 
     The trace knows one number a layer and carries over to other text; the token score knows the
-    direction of the error but fits its noise and its text. Their geometric mean chooses better than
-    either.
+    direction of the error but fits its noise and its text. In a prototype their geometric mean chose
+    better than either; benchmarks/score_comparison.py repeats the comparison with errors.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         mean: Floats = trace(s, facts) ** (1 - SHRINKAGE) * token(s, facts) ** SHRINKAGE

@@ -60,10 +60,6 @@ class Taps:
         finally:
             self._in_forward = False
 
-    def unreached(self) -> list[str]:
-        """Return layers that were used in the forward pass but got no gradient, or were not used."""
-        return [s.layer.name for s in self._states if s.expected != 0 or s.uses]
-
     def unused(self) -> list[str]:
         """Return layers that the forward pass did not use; ask between forward and backward."""
         return [s.layer.name for s in self._states if s.expected == 0]
