@@ -51,7 +51,7 @@ class CheckResult:
 
 
 def check(recipe: Recipe) -> CheckResult:
-    """Load what a recipe names, refuse what would fail later, and measure one micro-batch.
+    """Load what a recipe names, refuse what would fail later, and measure one micro-batch twice.
 
     Writes nothing. An impossible budget is refused here, as in a run.
     """
@@ -64,8 +64,10 @@ def check(recipe: Recipe) -> CheckResult:
     prober = Prober(inputs.model, inputs.calibration, recipe.formats, settings)
     with Meter(device) as rounding:
         prober.prepare(track)
-    with prober, Meter(device) as batch:
-        prober.measure(0)
+    with prober:
+        prober.measure(0)  # the first pass also pays for fresh memory, which the others do not
+        with Meter(device) as batch:
+            prober.measure(0)
     errors = weight_errors(prober.layers, recipe.formats, prober.errors)
     sizes = []
     for name in recipe.formats:
