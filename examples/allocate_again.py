@@ -1,4 +1,4 @@
-"""Choose again from a saved run, without torch: python examples/allocate_again.py RUN 3.5 4.0 4.5."""
+"""Choose again from a saved run, without torch: examples/allocate_again.py RUN 3.5 4.0 4.5."""
 
 import sys
 
@@ -13,7 +13,8 @@ def main(run: str, *average_bits: str) -> None:
         allocation, _ = choose(sensitivities, ChoiceSettings(budgets={"average_bits": float(bits)}))
         certificate = allocation.certificate
         print(
-            f"{bits} bits: {allocation.objective:.4f} nats, proven not below {certificate.bound:.4f}"
+            f"{bits} bits: {allocation.objective:.4f} nats, "
+            f"proven not below {certificate.bound:.4f}"
         )
     assert "torch" not in sys.modules
 

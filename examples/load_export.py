@@ -1,4 +1,4 @@
-"""Load an exported folder with plain transformers: python examples/load_export.py FOLDER [PROMPT]."""
+"""Load an export with plain transformers: python examples/load_export.py FOLDER [PROMPT]."""
 
 import sys
 

@@ -15,8 +15,8 @@ SAMPLE_SECONDS = 0.01
 class Meter:
     """Measures a `with` block.
 
-    On a CPU the peak is of the process's resident memory, sampled every 10 ms; on an accelerator it is
-    the allocator's own peak on that device.
+    On a CPU the peak is of the process's resident memory, sampled every 10 ms; on an accelerator it
+    is the allocator's own peak on that device.
 
     Attributes:
         seconds: wall-clock time, also while the block still runs.

@@ -1,7 +1,7 @@
 """The only place that knows Accelerate: how many processes there are, and how their results meet.
 
-The model is not wrapped in DistributedDataParallel: no weight needs a gradient, so there is nothing to
-reduce. Each process measures its own micro-batches, and only scalars are gathered.
+The model is not wrapped in DistributedDataParallel: no weight needs a gradient, so there is nothing
+to reduce. Each process measures its own micro-batches, and only scalars are gathered.
 """
 
 from __future__ import annotations
@@ -76,6 +76,28 @@ def gather(item: Any) -> list[Any]:
     from accelerate.utils import gather_object
 
     return list(gather_object([item]))
+
+
+def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of every process's tensor, to all of them; the tensor itself if there is one.
+
+    All must call it, with the same shape and dtype.
+    """
+    if not launched():
+        return tensor
+    total = tensor.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the main process's tensor, to all of them.
+
+    All must call it, with the same shape and dtype; what the others give is overwritten.
+    """
+    if launched():
+        torch.distributed.broadcast(tensor, src=0)
+    return tensor
 
 
 def wait() -> None:

@@ -7,13 +7,13 @@ from difflib import get_close_matches
 
 
 class HawqkitError(Exception):
-    """Something failed that is nobody's mistake: no network, no disk, a killed peer (exit code 1)."""
+    """What is nobody's mistake failed: no network, no disk, a killed peer (exit code 1)."""
 
     exit_code = 1
 
 
 class InputError(HawqkitError):
-    """The user's input is wrong; the message says what came, why it is wrong, what to do (exit code 2)."""
+    """The input is wrong; the message says what came, why it is wrong, what to do (exit code 2)."""
 
     exit_code = 2
 
@@ -32,7 +32,7 @@ class Unsupported(InputError):
 
 
 class BudgetError(InputError):
-    """No allocation can meet the budget; the message says the smallest and largest that can be had."""
+    """No allocation can meet the budget; the message says the smallest and largest there are."""
 
 
 class DataError(InputError):
@@ -40,7 +40,7 @@ class DataError(InputError):
 
 
 class NumericalError(InputError):
-    """A number that must be finite is not: weights, activations or gradients hold NaN or infinity."""
+    """A number is not finite: weights, activations or gradients hold NaN or infinity."""
 
 
 class StateMismatch(InputError):

@@ -36,14 +36,14 @@ class Journal:
             stale = sorted(self.folder.glob("batch-*.safetensors"))
             if stale:
                 raise StateMismatch(
-                    f"{self.folder}: holds {len(stale)} results but no facts.json that says of what; "
-                    "remove the folder or choose another run folder."
+                    f"{self.folder}: holds {len(stale)} results but no facts.json that says of "
+                    "what; remove the folder or choose another run folder."
                 )
             write_text_atomic(path, to_json(self.facts) + "\n")
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise StateMismatch(
                 f"{path}: not valid JSON ({error}); remove {self.folder} to measure again."
             ) from error

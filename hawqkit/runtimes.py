@@ -1,7 +1,7 @@
 """Runtime profiles as data: which layers a consumer fuses, so that they must share one format.
 
-A profile is one line in `RUNTIMES`. `fused` lists sets of module names that the runtime loads as one
-matrix; members of a set share a format when they have the same parent module.
+A profile is one line in `RUNTIMES`. `fused` lists sets of module names that the runtime loads as
+one matrix; members of a set share a format when they have the same parent module.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def group_key(layer: str, runtime: str) -> str:
 
 
 def merge_groups(layers: Sequence[str], runtime: str) -> list[list[int]]:
-    """Return lists of layer indices that share a format in `runtime`, in the order of first members."""
+    """Return lists of layer indices that share a format in `runtime`, by their first members."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(layers):
         groups.setdefault(group_key(name, runtime), []).append(index)

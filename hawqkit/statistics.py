@@ -1,7 +1,7 @@
 """Means of sums with standard errors: clustered jackknife, intervals, ranks. numpy only.
 
-Every estimate here is a smooth function of sums over sequences, so a leave-one-cluster-out replicate
-costs one subtraction: total - cluster.
+Every estimate here is a smooth function of sums over sequences, so a leave-one-cluster-out
+replicate costs one subtraction: total - cluster.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def jackknife(function: Callable[[Sums], Array], sums: Sums) -> tuple[Array, Arr
     `stderr^2 = (C - 1) / C * sum_c (theta_(c) - mean theta_(.))^2` (Efron and Stein 1981).
 
     Args:
-        function: takes totals of any leading batch shape and returns the statistic of that shape, so
-            that all replicates are computed in one call.
+        function: takes totals of any leading batch shape and returns the statistic of that shape,
+            so that all replicates are computed in one call.
         sums: name -> (C, ...) sums of each cluster.
 
     Returns:

@@ -1,6 +1,7 @@
 """The run folder: atomic writes, records as JSON, arrays as safetensors, and the probe's journal.
 
-Nothing here is ever half written: a file is written beside its place, flushed to the disk, and renamed.
+Nothing here is ever half written: a file is written beside its place, flushed to the disk, and
+renamed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hawqkit.errors import InputError, StateMismatch
-from hawqkit.records import SCHEMA, Samples
+from hawqkit.records import SCHEMA, Density, Samples
 
 Record = TypeVar("Record")
 Arrays = dict[str, NDArray[Any]]
@@ -73,14 +74,15 @@ def read_record(path: str | Path, kind: type[Record]) -> Record:
 
     Raises:
         InputError: there is no such file.
-        StateMismatch: it is not JSON, its schema is newer, or a field has a wrong name, type or shape.
+        StateMismatch: it is not JSON, its schema is newer, or a field has a wrong name, type or
+            shape.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; the stage that writes it has not run yet.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise StateMismatch(f"{path}: not valid JSON ({error}); run its stage again.") from error
     found = content.get("schema") if isinstance(content, dict) else None
     if isinstance(found, int) and found > SCHEMA:
@@ -173,6 +175,38 @@ def read_samples(path: str | Path, fingerprint_: str) -> Samples:
     if set(arrays) != names:
         raise StateMismatch(f"{path}: has arrays {sorted(arrays)}, expected {sorted(names)}.")
     return Samples(**arrays)
+
+
+def write_densities(path: str | Path, densities: Mapping[str, Density], fingerprint_: str) -> Path:
+    """Write the tridiagonals of a spectrum, `NAME/alphas` and so on, beside `spectrum.json`."""
+    arrays = {
+        f"{name}/{part}": array
+        for name, density in densities.items()
+        for part, array in density.to_arrays().items()
+    }
+    return write_arrays(path, arrays, {"fingerprint": fingerprint_})
+
+
+def read_densities(path: str | Path, fingerprint_: str) -> dict[str, Density]:
+    """Read the tridiagonals that belong to the spectrum with this fingerprint.
+
+    Raises:
+        InputError: there is no such file.
+        StateMismatch: they are of another run, incomplete or damaged.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; run `hawqkit spectrum` again.")
+    arrays, metadata = read_arrays(path)
+    if metadata.get("fingerprint") != fingerprint_:
+        raise StateMismatch(f"{path}: these tridiagonals are of another run than spectrum.json.")
+    parts: dict[str, Arrays] = {}
+    for key, array in arrays.items():
+        name, _, part = key.rpartition("/")
+        parts.setdefault(name, {})[part] = array
+    try:
+        return {name: Density.from_arrays(found) for name, found in parts.items()}
+    except KeyError as error:
+        raise StateMismatch(f"{path}: lacks the array {error}; run its stage again.") from error
 
 
 def _checksum(arrays: Arrays) -> str:

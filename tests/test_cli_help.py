@@ -22,6 +22,7 @@ VERBS = [
     "run",
     "check",
     "probe",
+    "spectrum",
     "allocate",
     "validate",
     "export",

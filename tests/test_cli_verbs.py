@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hawqkit.cli import cli
+from hawqkit.targets import compressed_tensors
 
 RECIPE = """\
 model: {source: model}
@@ -163,6 +164,64 @@ def test_export_writes_where_it_is_told(here: Path) -> None:
     assert done.exit_code == 2
     assert "Did you mean 'bits'?" in done.stderr
     assert not (here / "other").exists()
+
+
+def test_export_of_names_alone_needs_neither_torch_nor_the_model_and_writes_what_run_does(
+    here: Path,
+) -> None:
+    (here / "model").rename(here / "elsewhere")
+    try:
+        code = (
+            "import sys\nfrom hawqkit.cli import cli\n"
+            "cli(['export', 'runs/small', '--target', 'bits', '-o', 'again'], "
+            "standalone_mode=False)\n"
+            "print(sorted({'torch', 'transformers', 'accelerate', 'datasets'} & set(sys.modules)))"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        (here / "elsewhere").rename(here / "model")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["written to again", "[]"]
+    written = [p.name for p in (here / "again").iterdir()]
+    assert written == [p.name for p in (here / "runs/small/exports/bits").iterdir()]
+    for name in written:
+        original = here / "runs/small/exports/bits" / name
+        assert (here / "again" / name).read_bytes() == original.read_bytes()
+
+
+def test_export_lists_ten_problems_of_a_target_and_counts_the_others(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a target refuses is refused before the probe too, so a mix that it cannot hold is made.
+    told = [f"layer {n} is wrong." for n in range(23)]
+    monkeypatch.setattr(compressed_tensors, "problems", lambda mix, layers, facts: told)
+    done = CliRunner().invoke(
+        cli, ["export", "runs/small", "--target", "compressed-tensors", "-o", "refused"]
+    )
+    assert done.exit_code == 2, done.output
+    lines = done.stderr.splitlines()
+    assert lines[0] == "error: target 'compressed-tensors' cannot hold this mix: 23 problems"
+    assert lines[1:] == [*(f"  - {line}" for line in told[:10]), "  and 13 more"]
+    assert not (here / "refused").exists()
+
+
+def test_check_lists_ten_problems_of_a_target_and_counts_the_others(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(mix: dict[str, str], layers: object, facts: object) -> list[str]:
+        return [f"no {name}." for name in sorted(set(mix.values()))]
+
+    monkeypatch.setattr(compressed_tensors, "problems", told)
+    formats = [f"int{bits}-{group}" for bits in (2, 3, 4, 5, 6, 8) for group in ("g32", "g64")]
+    done = CliRunner().invoke(
+        cli,
+        ["check", "small.yaml", "--set", "export=[compressed-tensors]",
+         "--set", f"formats=[{', '.join(formats)}]"],
+    )  # fmt: skip
+    assert done.exit_code == 2, done.output
+    lines = done.stderr.splitlines()
+    assert lines[1:] == [*(f"  - no {name}." for name in formats[:10]), "  and 2 more"]
 
 
 def test_report_and_show_tell_of_the_run(here: Path) -> None:

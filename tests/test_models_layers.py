@@ -165,3 +165,15 @@ def test_unknown_layer_is_an_error_with_the_nearest_name():
     model = wrap_model(pico.llama(), name="pico")
     with pytest.raises(InputError, match="Did you mean 'lm_head'"):
         model.weight("lm_haed")
+
+
+def test_patterns_that_may_match_nothing_exclude_where_they_match():
+    module = pico.llama()
+    with_head, _ = find_layers(module, exclude_if_there=["output", "model.embed_tokens"])
+    assert with_head[-1].name == "lm_head"
+    assert with_head[0].name != "model.embed_tokens"
+    layers, skipped = find_layers(module, exclude_if_there=["lm_head"])
+    assert "lm_head" not in {layer.name for layer in layers}
+    assert "'lm_head'" in next(s.reason for s in skipped if s.name == "lm_head")
+    with pytest.raises(InputError, match="'output' matches no module"):
+        find_layers(module, exclude=["output"])

@@ -106,7 +106,7 @@ def test_what_a_recipe_leaves_out_has_the_documented_default(tmp_path: Path) -> 
         ("sensitivity.checkpointing=1", "sensitivity.checkpointing (--set): 1", "true or false"),
         (
             "sensitivity.positions=0",
-            "sensitivity.positions (--set): the score shrunk",
+            "sensitivity.positions (--set): the score token",
             "at least 1",
         ),
         ("layers.include=[]", "layers.include (--set): an empty list", "at least one entry"),

@@ -12,8 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from hawqkit.errors import InputError, Unsupported
-from hawqkit.models.model import wrap_model
-from hawqkit.records import Allocation, Certificate, Tensor, Totals
+from hawqkit.models.model import LoadedModel, wrap_model
+from hawqkit.pipeline.surface import export
+from hawqkit.records import (
+    Allocation,
+    Certificate,
+    DataFacts,
+    Score,
+    Sensitivities,
+    Tensor,
+    Totals,
+)
 from hawqkit.targets import TARGETS, Target, bits, find_target
 from hawqkit.targets.folders import published
 from hawqkit.targets.safetensors_bytes import file_bytes
@@ -25,6 +34,29 @@ def allocation(mix: dict[str, str]) -> Allocation:
     certificate = Certificate("test", "optimal", 0.0, 0.0, 0.0, 2, 4)
     return Allocation(mix, {"average_bits": 4.0}, Totals(4.0, 4.25, {"compressed-tensors": 9}),
                       "vllm", "trace", 0.0, 0.5, certificate, rounding="nearest")  # fmt: skip
+
+
+def table_of(model: LoadedModel) -> Sensitivities:
+    """Return a table of zeros for the layers of a model."""
+    count = len(model.layers)
+    zeros = (0.0,) * count
+    table = tuple((0.0,) for _ in range(count))
+    return Sensitivities(
+        model=model.facts,
+        data=DataFacts("text", "hash", 1, 8, 8, 7, 1, 0),
+        layers=model.layers,
+        skipped=(),
+        formats=("int4-g64",),
+        weight_error=table,
+        trace=zeros,
+        trace_stderr=zeros,
+        participation_ratio=zeros,
+        network_participation_ratio=None,
+        scores={"trace": Score("trace", table, table)},
+        auto="trace",
+        rounding="nearest",
+        fingerprint="of zeros",
+    )
 
 
 def test_bits_json_holds_what_its_documentation_lists(tmp_path: Path) -> None:
@@ -68,6 +100,22 @@ def test_bits_replaces_its_own_folder_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):
         bits.write(allocation(MIX), tmp_path / "file", model)
+
+
+def test_the_python_surface_writes_bits_from_sensitivities_as_from_the_model(
+    tmp_path: Path,
+) -> None:
+    model = wrap_model(pico.llama(), name="pico")
+    table = table_of(model)
+    export(allocation(MIX), "bits", tmp_path / "model", model=model)
+    export(allocation(MIX), "bits", tmp_path / "table", sensitivities=table)
+    written = (tmp_path / "table" / "bits.json").read_bytes()
+    assert written == (tmp_path / "model" / "bits.json").read_bytes()
+    with pytest.raises(InputError, match="give model=, or sensitivities="):
+        export(allocation(MIX), "bits", tmp_path / "other")
+    with pytest.raises(Unsupported, match="writes weights: give the model"):
+        export(allocation(MIX), "compressed-tensors", tmp_path / "other", sensitivities=table)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "table"]
 
 
 def test_bits_has_no_size() -> None:

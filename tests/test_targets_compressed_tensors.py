@@ -11,7 +11,12 @@ import pico
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+)
 
 from hawqkit.errors import InputError, Unsupported
 from hawqkit.formats import parse_format
@@ -83,6 +88,7 @@ def test_the_folder_loads_in_plain_transformers_with_the_logits_of_the_dequantiz
     assert float((found - expected).abs().max()) < 1e-5  # sums of the same float32 products
     assert float((logits_of(model.module) - expected).abs().max()) > 0.1  # the mix does something
     assert sorted(files) == sorted(p for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert len({path.stat().st_mode for path in files}) == 1  # whoever reads one may read all
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("hello")["input_ids"] == pico.tokenizer()("hello")["input_ids"]
 
@@ -226,9 +232,57 @@ def test_a_tied_head_is_ignored_and_stays_tied(tmp_path: Path) -> None:
 def test_the_readme_tells_how_to_load_and_warns_of_dequantize() -> None:
     model = wrapped(pico.llama())
     text = compressed_tensors.readme(mixed(), model.layers, model.facts)
-    for part in ("from_pretrained", "lm_eval --model hf", "dequantize=True", "| int3-g64 | 1 |"):
-        assert part in text
+    for part in (
+        "from_pretrained",
+        "lm_eval --model hf --model_args pretrained=PATH/TO/THIS/FOLDER,dtype=float32",
+        "| int3-g64 | 1 |",
+        "A folder whose stored dtype is 16-bit decodes in 16 bits unless `dtype=torch.float32`",
+        "is given to `from_pretrained`; this folder is stored in float32.",
+        "`CompressedTensorsConfig(dequantize=True)` silently applies one group's scheme to every",
+    ):
+        assert part in " ".join(text.split("\n"))
     assert "dequantize" not in compressed_tensors.readme({}, model.layers, model.facts)
+
+
+def test_a_16_bit_folder_decodes_in_16_bits_unless_float32_is_asked_for_as_the_readme_says(
+    tmp_path: Path,
+) -> None:
+    pico.save(tmp_path / "source", pico.llama(dtype=torch.bfloat16))
+    model = load_model(str(tmp_path / "source"), dtype="float32")
+    compressed_tensors.write(allocation(mixed()), tmp_path / "out", model)
+    assert "stored in bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    narrow, wide = (
+        reloaded(tmp_path / "out", **options) for options in ({}, {"dtype": torch.float32})
+    )
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    for module in (narrow, wide):
+        logits_of(module)  # transformers decodes when a layer is called
+    most = 0.0
+    with applied(model, mixed(), rounding="searched"):
+        for name in mixed():
+            exact = model.weight(name)
+            assert torch.equal(wide.get_submodule(name).weight, exact), name
+            once_more = narrow.get_submodule(name).weight.detach().float() / exact - 1
+            most = max(most, float(once_more.nan_to_num().abs().max()))  # a code of 0 is exact
+    assert 0.001 < most < 0.004
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_dequantize_applies_one_scheme_to_every_layer_as_the_readme_says(tmp_path: Path) -> None:
+    model = wrapped(pico.llama())
+    first, other = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+    mix = {first: "int3-g32", other: "int4-g32"}
+    compressed_tensors.write(allocation(mix), tmp_path / "out", model)
+    option = CompressedTensorsConfig(dequantize=True)
+    loaded = reloaded(tmp_path / "out", quantization_config=option)
+    with applied(model, mix, rounding="searched"):
+        right, wrong = (
+            float((loaded.get_submodule(n).weight.detach() - model.weight(n)).abs().max())
+            / float(model.weight(n).abs().max())
+            for n in (first, other)
+        )
+    assert right < 0.01
+    assert wrong > 0.5
 
 
 def test_every_problem_is_told_at_once_with_its_layer_and_what_to_do(tmp_path: Path) -> None:

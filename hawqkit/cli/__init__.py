@@ -11,6 +11,7 @@ COMMANDS = {
     "run": ("hawqkit.cli.run:run", "Do everything that a recipe says."),
     "check": ("hawqkit.cli.check:check", "Say what a run would do and cost; write nothing."),
     "probe": ("hawqkit.cli.probe:probe", "Measure the sensitivities of a recipe's model."),
+    "spectrum": ("hawqkit.cli.spectrum:spectrum", "Measure eigenvalues, rank and degeneracy."),
     "allocate": ("hawqkit.cli.allocate:allocate", "Choose again from a run (needs no torch)."),
     "validate": ("hawqkit.cli.validate:validate", "Measure a run's allocation on held-out text."),
     "export": ("hawqkit.cli.export:export", "Write a run's allocation for a quantizer."),

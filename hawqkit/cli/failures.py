@@ -15,6 +15,7 @@ _REASONS = {
     errno.EDQUOT: "your disk quota is used up; free some space and run the same command to go on",
     errno.EACCES: "permission denied; choose a place that you may write to",
     errno.EPERM: "permission denied; choose a place that you may write to",
+    errno.EFBIG: "the file is too large for this file system or your limit; choose another place",
     errno.EROFS: "the file system is read-only; choose a place that you may write to",
     errno.ENOENT: "there is no such file or folder",
     errno.ENOTDIR: "a part of this path is a file, not a folder",

@@ -17,7 +17,7 @@ from hawqkit.errors import Unsupported
 def checkpointed(module: nn.Module) -> Iterator[None]:
     """Recompute each transformer block in the backward pass, inside the `with` block.
 
-    transformers checkpoints only in training mode. Here `training` is set on the blocks themselves and
+    transformers checkpoints only in training mode. Here `training` is set on the blocks themselves,
     not on what is in them, so dropout stays off and the numbers stay the same. Restored afterwards.
 
     Raises:

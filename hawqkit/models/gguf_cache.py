@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from hawqkit.errors import HawqkitError, InputError, Unsupported
 
 CONVERSION = "v1"
 MAGIC = b"GGUF"
+
+_LOG = logging.getLogger(__name__)
 
 
 def default_cache() -> Path:
@@ -28,6 +33,8 @@ def default_cache() -> Path:
 
 def converted_gguf(path: Path, source: str, cache: Path | None = None) -> Path:
     """Return the safetensors folder of a GGUF file, converting it if it is not in the cache.
+
+    A conversion is announced in the log, at level INFO, before it begins.
 
     Args:
         path: the file.
@@ -57,6 +64,7 @@ def converted_gguf(path: Path, source: str, cache: Path | None = None) -> Path:
             f"{root}: the cache of converted models cannot be written ({error}); set HAWQKIT_CACHE "
             "to a folder that can."
         ) from None
+    _LOG.info("converting %s (once; later loads take 0.1 s)", source)
     try:
         _convert(path, source, scratch)
         scratch.chmod(0o755)
@@ -109,7 +117,7 @@ def _convert(path: Path, source: str, folder: Path) -> None:
         "gguf_file": path.name,
         "local_files_only": True,
     }
-    with quiet_transformers():
+    with quiet_transformers(), _no_bar():
         try:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -124,6 +132,20 @@ def _convert(path: Path, source: str, folder: Path) -> None:
         drop_quantization_marks(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Leave out the bar of transformers that its switch for bars does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    names: Any = vars(reader)
+    bar = names.get("tqdm")
+    names["tqdm"] = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        names["tqdm"] = bar
 
 
 def drop_quantization_marks(model: Any) -> None:

@@ -37,6 +37,7 @@ def find_layers(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     *,
+    exclude_if_there: Sequence[str] = (),
     stored: Mapping[str, str] | None = None,
 ) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
     """Return the weights to quantize, in the model's order, and every other weight with its reason.
@@ -51,10 +52,11 @@ def find_layers(
         module: the model.
         include: patterns of which one must match.
         exclude: patterns of which none may match.
+        exclude_if_there: the same, and they may match no module at all.
         stored: parameter name -> stored dtype, where it is not the dtype in memory.
 
     Raises:
-        InputError: no layer is left, or a pattern matches no module at all.
+        InputError: no layer is left, or a pattern of the first two matches no module at all.
 
     >>> layers, _ = find_layers(nn.Sequential(nn.Linear(4, 8, bias=False), nn.ReLU()))
     >>> (layers[0].name, layers[0].rows, layers[0].columns)
@@ -62,6 +64,7 @@ def find_layers(
     """
     uses = _uses_of_parameters(module)
     _check_patterns(module, include, exclude)
+    exclude = (*exclude, *exclude_if_there)
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     vectors: list[nn.Parameter] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def load_model(
     trust_remote_code: bool = False,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    exclude_if_there: Sequence[str] = (),
     cache: str | Path | None = None,
 ) -> LoadedModel:
     """Load a causal language model, ready to be measured.
@@ -47,7 +48,8 @@ def load_model(
         device: `auto` (an accelerator if there is one), `cpu`, `cuda`, ...
         trust_remote_code: run Python code that comes with the checkpoint.
         include: globs on module paths, see `find_layers`.
-        exclude: globs on module paths.
+        exclude: globs on module paths; each must match a module.
+        exclude_if_there: globs on module paths that may match nothing.
         cache: folder of converted GGUF files; None is `gguf_cache.default_cache()`.
 
     Raises:
@@ -78,12 +80,20 @@ def load_model(
         tokenizer=_load_tokenizer(path, name, trust_remote_code),
         include=include,
         exclude=exclude,
-        stored={
-            key: narrower(stored.get(key, (most, 0))[0], dtype_name(tensor.dtype))
-            for key, tensor in module.state_dict().items()
-            if tensor.is_floating_point()
-        },
+        exclude_if_there=exclude_if_there,
+        stored=_counted_dtypes(module, stored, most),
     )
+
+
+def _counted_dtypes(
+    module: nn.Module, stored: Mapping[str, tuple[str, int]], most: str
+) -> dict[str, str]:
+    """Return name -> dtype that a tensor counts as; what no file lists is stored as `most` are."""
+    return {
+        key: narrower(stored.get(key, (most, 0))[0], dtype_name(tensor.dtype))
+        for key, tensor in module.state_dict().items()
+        if tensor.is_floating_point()
+    }
 
 
 def _device(device: str) -> torch.device:

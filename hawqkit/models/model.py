@@ -122,6 +122,7 @@ def assemble(
     tokenizer: Any = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    exclude_if_there: Sequence[str] = (),
     stored: Mapping[str, str] | None = None,
 ) -> LoadedModel:
     """Check a module's weights, find its layers, and collect its facts.
@@ -132,6 +133,7 @@ def assemble(
         tokenizer: or None.
         include: globs on module paths.
         exclude: globs on module paths.
+        exclude_if_there: the same, and they may match nothing.
         stored: name in the state -> dtype of the checkpoint, where it is not the one in memory.
 
     Raises:
@@ -141,7 +143,9 @@ def assemble(
     module.eval()
     module.requires_grad_(False)
     stored = dict(stored or {})
-    layers, skipped = find_layers(module, include, exclude, stored=stored)
+    layers, skipped = find_layers(
+        module, include, exclude, exclude_if_there=exclude_if_there, stored=stored
+    )
     state = _own_state(module)
     _check_finite(source, state)
     # The configuration is read before the cache is switched off, so that exports keep its setting.

@@ -179,8 +179,19 @@ def _from_hub(source: str, revision: str | None, trust_remote_code: bool) -> Pat
         return Path(snapshot_download(source, endpoint=endpoint, **options))
     except HfHubHTTPError as error:
         raise _refused(source, revision, error) from None
-    except OSError as error:
+    except (OSError, transport_error()) as error:
         raise HawqkitError(f"{source}: the download failed ({first_line(error)}).") from None
+
+
+def transport_error() -> type[Exception]:
+    """Return what the hub client raises when a connection breaks: no OSError.
+
+    It is its HTTP library's own error, and that library is httpx or httpx2, depending on the
+    client's version, so it is not named here.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
 
 
 def _complete(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hawqkit.errors import DataError, HawqkitError, did_you_mean
 from hawqkit.models.corpora import SPLITS, builtin_texts
-from hawqkit.models.sources import first_line, hub_endpoint, reachable
+from hawqkit.models.sources import first_line, hub_endpoint, reachable, transport_error
 
 FILES = (".txt", ".jsonl", ".parquet")
 # What the two roles mean for a data set that has no splits of these names.
@@ -204,19 +204,43 @@ def _from_hub(source: str, split: str, config: str | None, column: str | None) -
         known = datasets.get_dataset_split_names(source, config)
         chosen = _choose_split(source, split, known)
         data = datasets.load_dataset(source, config, split=chosen)
-    except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        if _never_answered(error):
+            raise HawqkitError(
+                f"{source}: no file here, and {endpoint} gave no answer that says whether there is "
+                "such a data set; look at the network and its proxy, or use builtin or a file "
+                f"({', '.join(FILES)})."
+            ) from None
         raise DataError(
             f"{source}: no file here and no data set on the hub ({first_line(error)})."
         ) from None
     except ValueError as error:
         raise DataError(f"{source}: {first_line(error)}") from None
-    except OSError as error:
+    except (OSError, transport_error()) as error:
         raise HawqkitError(
             f"{source}: the data set failed to load ({first_line(error)})."
         ) from None
     name = ":".join(filter(None, [source, config, chosen]))
     column = _choose_column(source, data.column_names, column)
     return Documents(name, checked_items(source, column, data[column][:]))
+
+
+def _never_answered(error: BaseException) -> bool:
+    """Whether "not found" only means that the hub was not heard.
+
+    The hub marks what it does not have, and `datasets` then says DatasetNotFoundError. An answer
+    without the mark, such as a proxy's own 404, ends as a plain FileNotFoundError, raised while
+    huggingface_hub's LocalEntryNotFoundError ("not on this disk either") was being handled.
+    """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, DatasetsError):
+        if isinstance(cause, LocalEntryNotFoundError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _choose_split(source: str, split: str, known: Sequence[str]) -> str:

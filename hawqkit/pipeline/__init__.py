@@ -1,4 +1,4 @@
-"""Where the stages meet: check, probe, allocate, validate, export, report, run. Resolved on first use."""
+"""Where the stages meet, from check to report and run; each is imported on first use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hawqkit.pipeline.checking import CheckResult, check, print_check
     from hawqkit.pipeline.choosing import allocate_run, choose
+    from hawqkit.pipeline.exporting import export_run
     from hawqkit.pipeline.reporting import report_run, show_run
-    from hawqkit.pipeline.running import export_run, run, run_probe, validate_run
+    from hawqkit.pipeline.running import run, run_probe, validate_run
+    from hawqkit.pipeline.spectral import run_spectrum
 
 _HOMES = {
     "CheckResult": "checking",
@@ -19,9 +21,10 @@ _HOMES = {
     "choose": "choosing",
     "report_run": "reporting",
     "show_run": "reporting",
-    "export_run": "running",
+    "export_run": "exporting",
     "run": "running",
     "run_probe": "running",
+    "run_spectrum": "spectral",
     "validate_run": "running",
 }
 
@@ -35,6 +38,7 @@ __all__ = [
     "report_run",
     "run",
     "run_probe",
+    "run_spectrum",
     "show_run",
     "validate_run",
 ]

@@ -19,8 +19,8 @@ PACKAGES = (
     "numpy", "scipy", "gguf", "compressed-tensors", "matplotlib",
 )  # fmt: skip
 
-# A forward pass of validation over a micro-batch of the probe, and what does not grow with the model:
-# solver, resamples, export, report. Measured on the quickstart, two idle cores: 0.27 and 7 s.
+# A forward pass of validation over a micro-batch of the probe, and what does not grow with the
+# model: solver, resamples, export, report. On the quickstart, two idle cores: 0.27 and 7 s.
 FORWARD_SHARE = 0.30
 FIXED_SECONDS = 8.0
 

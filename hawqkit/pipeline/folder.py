@@ -5,10 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hawqkit.errors import InputError
+from hawqkit.allocation import BUDGETS
+from hawqkit.errors import InputError, StateMismatch
 from hawqkit.recipe import Recipe, load_recipe
-from hawqkit.records import Allocation, Frontier, Provenance, Sensitivities, Validation
-from hawqkit.store import read_record, read_samples, write_record, write_samples
+from hawqkit.records import (
+    Allocation,
+    Frontier,
+    Provenance,
+    Sensitivities,
+    Spectrum,
+    Validation,
+)
+from hawqkit.store import (
+    read_densities,
+    read_record,
+    read_samples,
+    write_densities,
+    write_record,
+    write_samples,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,21 @@ class RunFolder:
     def frontier(self) -> Path:
         """Size against predicted loss."""
         return self.path / "frontier.json"
+
+    @property
+    def spectrum(self) -> Path:
+        """Density, top eigenvalues, rank and degeneracy."""
+        return self.path / "spectrum.json"
+
+    @property
+    def tridiagonals(self) -> Path:
+        """The arrays behind the spectrum."""
+        return self.path / "spectrum.safetensors"
+
+    @property
+    def spectrum_journal(self) -> Path:
+        """Folder of the spectrum's journal, with every block's eigenvectors."""
+        return self.path / "spectrum"
 
     @property
     def validation(self) -> Path:
@@ -99,16 +129,79 @@ class RunFolder:
         write_record(self.sensitivities, table)
 
     def read_allocation(self) -> Allocation:
-        """Read the bit configuration."""
-        return read_record(self.allocation, Allocation)
+        """Read the bit configuration.
+
+        Raises:
+            InputError: it is missing.
+            StateMismatch: it is damaged, or not of this folder's sensitivities.
+        """
+        allocation = read_record(self.allocation, Allocation)
+        if self.sensitivities.exists():
+            self._refuse_foreign(allocation, read_record(self.sensitivities, Sensitivities))
+        return allocation
+
+    def _refuse_foreign(self, allocation: Allocation, table: Sensitivities) -> None:
+        advice = f"restore the file, or run `hawqkit allocate {self.path}`."
+        if allocation.sensitivities != table.fingerprint:
+            raise StateMismatch(
+                f"{self.allocation}: was chosen from other sensitivities than those beside it; "
+                f"{advice}"
+            )
+        odd = [f"{k} = {v:g}" for k, v in allocation.budgets.items() if k not in BUDGETS or v <= 0]
+        if odd:
+            raise StateMismatch(f"{self.allocation}: has the budget {odd[0]}; {advice}")
+        names = {layer.name for layer in table.layers}
+        for mix in (allocation.layers, *(baseline.layers for baseline in allocation.baselines)):
+            odd = sorted(names ^ set(mix))
+            if odd:
+                problem = "lacks" if odd[0] in names else "names a layer that is not measured:"
+                raise StateMismatch(f"{self.allocation}: a mix {problem} {odd[0]}; {advice}")
+            unknown = sorted(set(mix.values()) - set(table.formats))
+            if unknown:
+                raise StateMismatch(
+                    f"{self.allocation}: a mix has the format {unknown[0]!r}, and the "
+                    f"sensitivities know {', '.join(table.formats)}; {advice}"
+                )
 
     def read_frontier(self) -> Frontier | None:
         """Read the frontier, None if there is none."""
         return read_record(self.frontier, Frontier) if self.frontier.exists() else None
 
+    def read_spectrum(self) -> Spectrum | None:
+        """Read the spectrum with its tridiagonals, None if there is none.
+
+        Raises:
+            InputError, StateMismatch: the tridiagonals are missing, damaged, or of another run.
+        """
+        if not self.spectrum.exists():
+            return None
+        found = read_record(self.spectrum, Spectrum)
+        densities = read_densities(self.tridiagonals, found.fingerprint)
+        odd = {block.name for block in found.everything} ^ set(densities)
+        if odd:
+            raise StateMismatch(
+                f"{self.tridiagonals}: does not hold the tridiagonals of the blocks of "
+                f"{self.spectrum.name}: {sorted(odd)[0]!r}; run `hawqkit spectrum` again."
+            )
+        return replace(found, densities=densities)
+
+    def write_spectrum(self, spectrum: Spectrum) -> None:
+        """Write the tridiagonals first, so that a record on disk always has them."""
+        write_densities(self.tridiagonals, spectrum.densities, spectrum.fingerprint)
+        write_record(self.spectrum, spectrum)
+
     def read_validation(self) -> Validation | None:
         """Read what was measured, None if nothing was."""
-        return read_record(self.validation, Validation) if self.validation.exists() else None
+        if not self.validation.exists():
+            return None
+        found = read_record(self.validation, Validation)
+        texts = set(found.texts)
+        if not found.mixes or not texts or any(set(m.measured) != texts for m in found.mixes):
+            raise StateMismatch(
+                f"{self.validation}: does not hold every mix on every text; restore the file, or "
+                f"run `hawqkit validate {self.path}`."
+            )
+        return found
 
     def read_provenance(self) -> Provenance | None:
         """Read the provenance, None if there is none."""

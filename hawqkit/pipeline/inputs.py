@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +16,25 @@ from hawqkit.allocation import allocate_table
 from hawqkit.errors import HawqkitError, InputError, Unsupported
 from hawqkit.models import LoadedModel, Sequences, load_batches, load_model
 from hawqkit.pipeline.choosing import size_tables
-from hawqkit.recipe import Recipe, TextSection
+from hawqkit.pipeline.progress import notices
+from hawqkit.recipe import (
+    CalibrationSection,
+    HeldOutSection,
+    ModelSection,
+    Recipe,
+    SpectrumSection,
+    TextSection,
+)
+from hawqkit.recipe.consistency import BUILTIN
 from hawqkit.records import Layer, ModelFacts
 from hawqkit.sensitivity.probing import ProbeSettings, fitting_layers
+from hawqkit.spectrum.measuring import resolve_layers
 from hawqkit.targets import find_target
+from hawqkit.targets.contract import capped
 
 HELD_OUT = "held-out"
+
+Placed = TypeVar("Placed", ModelSection, CalibrationSection, HeldOutSection)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +45,13 @@ class Inputs:
         model: ready to be measured.
         calibration: sequences that choose, then those that only predict.
         texts: name -> sequences for validation; `held-out` comes first.
+        spectrum: sequences that the spectrum is measured on, None if it is not measured.
     """
 
     model: LoadedModel
     calibration: Sequences
     texts: dict[str, Sequences]
+    spectrum: Sequences | None = None
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
@@ -42,24 +60,19 @@ def load_inputs(recipe: Recipe) -> Inputs:
     Raises:
         InputError: everything that is wrong with model, texts, layers and targets, together.
     """
-    device = recipe.model.device
-    if device == "auto" and distributed.launched():
-        device = distributed.processes().device
-    model = load_model(
-        recipe.model.source,
-        revision=recipe.model.revision,
-        dtype=recipe.model.dtype,
-        device=device,
-        trust_remote_code=recipe.model.trust_remote_code,
-        include=recipe.layers.include,
-        exclude=recipe.layers.exclude,
-    )
+    model = load_recipe_model(recipe)
     problems: list[HawqkitError] = []
     texts: dict[str, Sequences] = {}
     sections = {"calibration": recipe.calibration, HELD_OUT: recipe.held_out, **recipe.other_texts}
     for name, section in sections.items():
         try:
             texts[name] = load_text(section, model, getattr(section, "withheld", 0))
+        except InputError as error:
+            problems.append(error)
+    spectrum = None
+    if recipe.spectrum is not None:
+        try:
+            spectrum = load_spectrum_text(recipe.calibration, recipe.spectrum, model)
         except InputError as error:
             problems.append(error)
     try:
@@ -74,7 +87,60 @@ def load_inputs(recipe: Recipe) -> Inputs:
         raise problems[0]
     if problems:
         raise InputError(f"{len(problems)} problems:\n" + "\n".join(f"- {p}" for p in problems))
-    return Inputs(model, texts.pop("calibration"), texts)
+    return Inputs(model, texts.pop("calibration"), texts, spectrum)
+
+
+def load_recipe_model(recipe: Recipe) -> LoadedModel:
+    """Load the model that a recipe names, with the layers that it chooses."""
+    device = recipe.model.device
+    if device == "auto" and distributed.launched():
+        device = distributed.processes().device
+    with notices():
+        return load_model(
+            recipe.model.source,
+            revision=recipe.model.revision,
+            dtype=recipe.model.dtype,
+            device=device,
+            trust_remote_code=recipe.model.trust_remote_code,
+            include=recipe.layers.include,
+            exclude=recipe.layers.exclude if _excludes(recipe) else (),
+            exclude_if_there=() if _excludes(recipe) else recipe.layers.exclude,
+        )
+
+
+def _excludes(recipe: Recipe) -> bool:
+    """Whether `layers.exclude` is written out: then its patterns must match; a default need not."""
+    return "exclude" in recipe.layers.model_fields_set
+
+
+def settle(recipe: Recipe, model: LoadedModel) -> Recipe:
+    """Return the recipe as a run folder keeps it: it means the same in any working directory.
+
+    Local paths become absolute, and of the default `layers.exclude` those patterns stay that match
+    a module of this model, so that reading the file later refuses nothing that the run has
+    accepted.
+    """
+    layers = recipe.layers
+    if not _excludes(recipe):
+        names = [name for name, _ in model.module.named_modules(remove_duplicate=False)]
+        there = tuple(p for p in layers.exclude if any(fnmatchcase(n, p) for n in names))
+        layers = layers.model_copy(update={"exclude": there})
+    return recipe.model_copy(
+        update={
+            "model": _placed(recipe.model),
+            "calibration": _placed(recipe.calibration),
+            "held_out": _placed(recipe.held_out),
+            "other_texts": {name: _placed(text) for name, text in recipe.other_texts.items()},
+            "layers": layers,
+        }
+    )
+
+
+def _placed(section: Placed) -> Placed:
+    path = Path(section.source).expanduser()
+    if section.source == BUILTIN or not path.exists():
+        return section  # a hub id, package:NAME/FILE, the built-in text
+    return section.model_copy(update={"source": str(path.absolute())})
 
 
 def refuse_impossible(recipe: Recipe, layers: Sequence[Layer], facts: ModelFacts) -> None:
@@ -114,6 +180,19 @@ def load_text(section: TextSection, model: LoadedModel, withheld: int = 0) -> Se
     )
 
 
+def load_spectrum_text(
+    calibration: CalibrationSection, section: SpectrumSection, model: LoadedModel
+) -> Sequences:
+    """Load the few sequences of calibration text that a spectrum is measured on.
+
+    Raises:
+        InputError: there is too little text, or the section's patterns match no layer.
+    """
+    resolve_layers(model, section.layers)
+    few = {"sequences": section.sequences, "length": section.length}
+    return load_text(calibration.model_copy(update=few), model)
+
+
 def target_problems(
     targets: Sequence[str], layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
 ) -> list[HawqkitError]:
@@ -128,8 +207,8 @@ def target_problems(
                 more = f" (and {len(problems) - 1} more layers)" if len(problems) > 1 else ""
                 lines.append(f"{problems[0]}{more}")
         if lines:
-            text = "\n  - ".join(dict.fromkeys(lines))
-            found.append(Unsupported(f"target {name} cannot hold what may be chosen:\n  - {text}"))
+            text = "\n".join(capped(list(dict.fromkeys(lines))))
+            found.append(Unsupported(f"target {name} cannot hold what may be chosen:\n{text}"))
     return found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -39,3 +41,18 @@ def track(items: Iterable[Any], stage: str, total: int) -> Iterable[Any]:
 def speaker() -> Console:
     """Return a console that writes to standard output in the main process only."""
     return Console(quiet=not is_main(), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def notices() -> Iterator[None]:
+    """Show on stderr, in the main process, what the rooms below log at level INFO."""
+    logger = logging.getLogger("hawqkit")
+    level, handler = logger.level, logging.StreamHandler(sys.stderr)
+    if is_main():
+        logger.addHandler(handler)
+        logger.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

@@ -7,23 +7,28 @@ from pathlib import Path
 from rich.console import Console
 
 from hawqkit.pipeline.folder import RunFolder
-from hawqkit.report import print_summary, result_tables, write_report
+from hawqkit.report import print_summary, result_tables, write_report, write_spectrum_report
 
 
 def report_run(folder: str | Path, output: str | Path | None = None) -> Path:
     """Write the report of a run folder from its records; returns where it lies."""
     run = RunFolder(Path(folder))
+    place = Path(output) if output else run.report
+    spectrum = run.read_spectrum()
+    if spectrum is not None and not run.sensitivities.exists():
+        return write_spectrum_report(place, spectrum, run.read_provenance())
     sensitivities = run.read_sensitivities()
     has_allocation = run.allocation.exists()
     exports = run.path / "exports"
     found = sorted(p.name for p in exports.iterdir() if p.is_dir()) if exports.is_dir() else []
     return write_report(
-        Path(output) if output else run.report,
+        place,
         sensitivities,
         run.read_allocation() if has_allocation else None,
         run.read_validation(),
         frontier=run.read_frontier(),
         provenance=run.read_provenance(),
+        spectrum=spectrum,
         exports={name: str(run.export(name)) for name in found},
     )
 
@@ -31,12 +36,17 @@ def report_run(folder: str | Path, output: str | Path | None = None) -> Path:
 def show_run(folder: str | Path, full: bool, console: Console) -> None:
     """Print the tables of a run folder."""
     run = RunFolder(Path(folder))
+    spectrum = run.read_spectrum()
+    if spectrum is not None and not run.sensitivities.exists():
+        print_summary(console, provenance=run.read_provenance(), spectrum=spectrum, full=full)
+        return
     print_summary(
         console,
         run.read_sensitivities(),
         run.read_allocation() if run.allocation.exists() else None,
         run.read_validation(),
         run.read_provenance(),
+        spectrum=spectrum,
         full=full,
     )
 
@@ -57,8 +67,8 @@ def print_end(folder: RunFolder, console: Console) -> None:
         actual = sum(c.seconds for c in known)
         memory = f"; peak memory {guess_bytes / 2**30:.2f} GiB" if guess_bytes else ""
         console.print(
-            f"of which were predicted: {sum(guesses):.1f} s for what took {actual:.1f} s (probe and "
-            f"validation){memory}"
+            f"of which were predicted: {sum(guesses):.1f} s for what took {actual:.1f} s (probe "
+            f"and validation){memory}"
         )
     console.print(f"report:  {folder.report}")
     for path in sorted((folder.path / "exports").glob("*")):

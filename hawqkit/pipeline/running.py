@@ -9,15 +9,16 @@ from rich.console import Console
 
 from hawqkit import distributed
 from hawqkit.costs import Meter
-from hawqkit.errors import InputError, StateMismatch
+from hawqkit.errors import StateMismatch
 from hawqkit.journal import locked
-from hawqkit.models import LoadedModel
 from hawqkit.pipeline.choosing import choose, recipe_choice
 from hawqkit.pipeline.costing import Estimate, Ledger, estimate
+from hawqkit.pipeline.exporting import refuse_other_model
 from hawqkit.pipeline.folder import RunFolder
-from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings
+from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings, settle
 from hawqkit.pipeline.progress import speaker, track
 from hawqkit.pipeline.reporting import print_end, report_run
+from hawqkit.pipeline.spectral import measure
 from hawqkit.recipe import Recipe
 from hawqkit.records import Allocation, Cost, Sensitivities, Validation
 from hawqkit.sensitivity.probing import Prober
@@ -51,23 +52,8 @@ def validate_run(folder: str | Path) -> Validation:
     with locked(run_folder.path):
         allocation = run_folder.read_allocation()
         inputs = load_inputs(recipe)
-        _refuse_other_model(allocation, inputs.model)
+        refuse_other_model(allocation, inputs.model.facts)
         return _validate(run_folder, inputs, allocation)
-
-
-def export_run(folder: str | Path, target: str, output: str | Path | None = None) -> list[Path]:
-    """Write the allocation of a run folder for one target; the model of its recipe is loaded."""
-    run_folder = RunFolder(Path(folder))
-    allocation = run_folder.read_allocation()
-    sensitivities = run_folder.read_sensitivities()
-    module = find_target(target)
-    problems = module.problems(allocation.layers, sensitivities.layers, sensitivities.model)
-    if problems:
-        raise InputError(f"target {target} cannot hold this:\n  - " + "\n  - ".join(problems))
-    inputs = load_inputs(run_folder.read_recipe())
-    _refuse_other_model(allocation, inputs.model)
-    where = Path(output) if output else run_folder.export(target)
-    return list(module.write(allocation, where, inputs.model))
 
 
 @dataclass(slots=True)
@@ -99,9 +85,13 @@ def _run(recipe: Recipe, path: Path, *, only_probe: bool) -> None:
         stage = _Stage(recipe, folder, console, load, inputs, _ledger(recipe, folder, inputs))
         sensitivities = _probe(stage)
         if main:
-            write_text_atomic(folder.recipe, recipe.resolved_yaml())
+            write_text_atomic(folder.recipe, settle(recipe, inputs.model).resolved_yaml())
             folder.write_sensitivities(sensitivities)
-            if not only_probe:
+        if not only_probe:
+            if recipe.spectrum is not None and inputs.spectrum is not None:
+                text = inputs.spectrum
+                measure(folder, recipe.spectrum, inputs.model, text, stage.ledger, console)
+            if main:
                 _choose_and_prove(stage, sensitivities)
     finally:
         if lock is not None:
@@ -244,14 +234,6 @@ def _state(inputs: Inputs, allocation: Allocation) -> str:
     texts = {name: text.facts.hash for name, text in inputs.texts.items()}
     plain = to_plain(allocation)
     return fingerprint({"allocation": plain, "texts": texts, "model": inputs.model.facts.hash})
-
-
-def _refuse_other_model(allocation: Allocation, model: LoadedModel) -> None:
-    if allocation.model != model.facts.hash:
-        raise StateMismatch(
-            f"this allocation was chosen for a model with hash {allocation.model[:12]}, but "
-            f"{model.facts.source} now has {model.facts.hash[:12]}; run the recipe again."
-        )
 
 
 def _describe(inputs: Inputs) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hawqkit.allocation import BASELINES, BUDGETS
 from hawqkit.errors import InputError, did_you_mean
@@ -82,7 +82,12 @@ def validate(
 
 
 def export(
-    allocation: Allocation, target: str, folder: str | Path, *, model: LoadedModel | None = None
+    allocation: Allocation,
+    target: str,
+    folder: str | Path,
+    *,
+    model: LoadedModel | None = None,
+    sensitivities: Sensitivities | None = None,
 ) -> list[Path]:
     """Write an allocation for a quantizer or runtime.
 
@@ -91,9 +96,19 @@ def export(
         target: `compressed-tensors`, `bits`; `hawqkit targets` lists them.
         folder: is made, or replaced if it is an earlier export.
         model: the original; needed by targets that write weights.
+        sensitivities: what the allocation was chosen from; enough for `bits`, and needs no torch.
 
     Raises:
+        InputError: neither model nor sensitivities are given.
         Unsupported: the target cannot hold it; every reason at once.
     """
-    module: Any = find_target(target)
-    return list(module.write(allocation, Path(folder), model))
+    module = find_target(target)
+    if model is not None:
+        return list(module.write(allocation, Path(folder), model))
+    if sensitivities is None:
+        raise InputError(
+            f"export of target {target!r}: give model=, or sensitivities= for a target without "
+            "weights; an allocation alone does not say what its layers are."
+        )
+    layers, facts = sensitivities.layers, sensitivities.model
+    return list(module.write_from_facts(allocation, Path(folder), layers, facts))

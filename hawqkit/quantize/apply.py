@@ -139,5 +139,5 @@ def _rounded(
         raise NumericalError(f"layer {name!r}: {error}") from error
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     values = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    round_into(values, weight, scales, zeros, format, less=False)
+    round_into(values, weight, scales, zeros, format)
     return values

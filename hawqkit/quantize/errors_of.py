@@ -5,8 +5,9 @@ Letters in shapes: F formats, a weight is (rows, columns).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class LayerErrors:
 
     Attributes:
         formats: F formats, in the order of `fill`.
-        parts: F pairs of (scales, zero points) or, with `codes`, of whole quantized weights.
+        parts: one (scales, zero points) a format or, with `codes`, one stack of codes for each run
+            of formats of one group size and symmetry: (F', rows, columns).
         squared_norms: (F,) float64, |dW_f|^2.
     """
 
@@ -54,7 +56,8 @@ class LayerErrors:
 
         Args:
             weight: (rows, columns), the weight that the errors were made for, any strides.
-            out: (F, R, columns), contiguous, float32 or float64, on the weight's device.
+            out: (F, R, columns), contiguous, on the weight's device: float64, or float32 where the
+                weight is not float64.
             rows: the R rows wanted, default all.
 
         Raises:
@@ -63,19 +66,24 @@ class LayerErrors:
         part_of = slice(None) if rows is None else rows
         some = weight[part_of]
         shape = (len(self.formats), *some.shape)
-        wide = out.dtype in (torch.float32, torch.float64)
-        if tuple(out.shape) != shape or not wide or not out.is_contiguous():
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        good = out.dtype in (wide, torch.float64) and out.is_contiguous()
+        if tuple(out.shape) != shape or not good:
             raise InputError(
                 f"a buffer of shape {tuple(out.shape)} and dtype {out.dtype} came for the errors: "
-                f"give a contiguous float32 or float64 buffer of shape {shape}."
+                f"give a contiguous buffer of shape {shape} and dtype {wide}."
             )
-        for format, part, error in zip(self.formats, self.parts, out, strict=True):
+        minus = _negative(some, out.dtype)
+        at = 0
+        for part in self.parts:
             if isinstance(part, Quantized):
-                decode_into(error, part.take(part_of), less=some)
+                _decode_stack(out[at : at + len(part.codes)], part, part_of, minus)
+                at += len(part.codes)
             else:
                 scales, zeros = part
                 zeros = None if zeros is None else zeros[part_of]
-                round_into(error, some, scales[part_of], zeros, format, less=True)
+                round_into(out[at], some, scales[part_of], zeros, self.formats[at], minus)
+                at += 1
 
 
 def make_errors(
@@ -107,18 +115,62 @@ def make_errors(
         )
     parts: list[Quantized | tuple[Tensor, Tensor | None]] = []
     norms = torch.empty(len(formats), dtype=torch.float64)
-    buffer = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    buffer = torch.empty(weight.shape, dtype=wide, device=weight.device)
+    minus = _negative(weight, buffer.dtype)
     for index, format in enumerate(formats):
         scales, zeros = scales_of(weight, format, rounding=rounding, scale_dtype=scale_dtype)
         if keep == "codes":
             part = codes_from_scales(weight, scales, zeros, format)
-            decode_into(buffer, part, less=weight)
+            decode_into(buffer, part, minus)
             parts.append(part)
         else:
-            round_into(buffer, weight, scales, zeros, format, less=True)
+            round_into(buffer, weight, scales, zeros, format, minus)
             parts.append((scales, zeros))
         norms[index] = _squared_norm(buffer)
-    return LayerErrors(tuple(formats), tuple(parts), norms)
+    return LayerErrors(tuple(formats), tuple(_stacked(parts)), norms)
+
+
+def _stacked(
+    parts: Sequence[Quantized | tuple[Tensor, Tensor | None]],
+) -> Iterator[Quantized | tuple[Tensor, Tensor | None]]:
+    """Put neighbors of one group size and symmetry into one tensor.
+
+    A batch of one short sequence spends more time on launching operations than on decoding; a stack
+    is decoded by two operations, whatever the number of formats.
+    """
+
+    def shape(part: Quantized | tuple[Tensor, Tensor | None]) -> object:
+        return (part.scales.shape, part.zeros is None) if isinstance(part, Quantized) else id(part)
+
+    for _, run in groupby(parts, shape):
+        some = list(run)
+        whole = [part for part in some if isinstance(part, Quantized)]
+        if not whole:
+            yield from some
+            continue
+        zeros = [part.zeros for part in whole if part.zeros is not None]
+        yield Quantized(
+            torch.stack([part.codes for part in whole]),
+            torch.stack([part.scales for part in whole]),
+            torch.stack(zeros) if zeros else None,
+        )
+
+
+def _decode_stack(out: Tensor, stack: Quantized, rows: Tensor | slice, minus: Tensor) -> None:
+    """Write (codes - zero points) * scales + minus into out (F', R, columns)."""
+    scales = stack.scales[:, rows].to(out.dtype)[..., None]  # (F', R, groups, 1)
+    shape = (*scales.shape[:3], -1)
+    y = out.view(shape)
+    y.copy_(stack.codes[:, rows].view(shape))
+    if stack.zeros is not None:
+        y.sub_(stack.zeros[:, rows].to(out.dtype)[..., None])
+    torch.addcmul(minus.view(shape[1:]), y, scales, out=y)
+
+
+def _negative(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return -W, contiguous, of a dtype."""
+    return torch.neg(weight.to(dtype)).contiguous()
 
 
 def _squared_norm(error: Tensor) -> float:

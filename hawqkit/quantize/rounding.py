@@ -28,6 +28,7 @@ SHRINKS = (1.0, 0.93, 0.86)
 # Entries handled at once: 2^17 float32 entries and two buffers of the same size stay in the cache,
 # and are still long enough to hide the cost of launching an operation.
 CPU_CHUNK = 1 << 17
+DECODE_CHUNK = 1 << 19  # decoding has no such buffers
 DEVICE_CHUNK = 1 << 25
 
 
@@ -173,23 +174,31 @@ def dequantize(quantized: Quantized, format: Format, dtype: torch.dtype = torch.
 
 
 @torch.no_grad()
-def decode_into(out: Tensor, quantized: Quantized, less: Tensor | None = None) -> None:
-    """Write the dequantized values into `out` (rows, columns), minus `less` where it is given.
+def decode_into(out: Tensor, quantized: Quantized, plus: Tensor | None = None) -> None:
+    """Write the dequantized values into `out` (rows, columns), plus `plus` where it is given.
 
-    `out` must be contiguous. `less` has its shape, any floating dtype and any strides.
+    With `plus` = -W that is the error dW, where the CPU fuses product and sum, with one rounding.
+
+    Args:
+        out: (rows, columns), contiguous.
+        quantized: codes and scales.
+        plus: (rows, columns), contiguous, of the dtype of `out`.
     """
-    for part in _parts(out):
+    for part in _parts(out, DECODE_CHUNK):
         scale, zero = _as_columns(quantized.scales[part], quantized.zeros, part, out.dtype)
         y = out[part].view(scale.shape[0], -1)
         y.copy_(quantized.codes[part].view(y.shape))
-        _scale_back(y, scale, zero)
-        if less is not None:
-            out[part].sub_(less[part])
+        _scale_back(y, scale, zero, None if plus is None else plus[part].view(y.shape))
 
 
 @torch.no_grad()
 def round_into(
-    out: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None, format: Format, *, less: bool
+    out: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    format: Format,
+    plus: Tensor | None = None,
 ) -> None:
     """Write what `decode_into` would of `codes_from_scales(...)`, without keeping the codes.
 
@@ -199,7 +208,7 @@ def round_into(
         scales: (rows, groups) from `scales_of`.
         zeros: (rows, groups) from `scales_of`, None in symmetric formats.
         format: the format that the scales were made for.
-        less: subtract the weight, so that `out` becomes the error dW.
+        plus: added to the values, (rows, columns), contiguous, of the dtype of `out`.
     """
     for part, chunk in _chunks(weight):
         scale, zero = _as_columns(scales[part], zeros, part, out.dtype)
@@ -210,9 +219,7 @@ def round_into(
         _round_into(codes, x, scale.to(x.dtype), None if zero is None else zero.to(x.dtype), format)
         if codes is not y:
             y.copy_(codes)
-        _scale_back(y, scale, zero)
-        if less:
-            y.sub_(x)
+        _scale_back(y, scale, zero, None if plus is None else plus[part].view(y.shape))
 
 
 def _check(weight: Tensor, format: Format, rounding: str) -> None:
@@ -247,9 +254,9 @@ def _not_finite(weight: Tensor) -> str:
     )
 
 
-def _parts(weight: Tensor) -> Iterator[slice]:
+def _parts(weight: Tensor, on_cpu: int) -> Iterator[slice]:
     """Yield slices of rows that are worth working on at once."""
-    limit = CPU_CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
+    limit = on_cpu if weight.device.type == "cpu" else DEVICE_CHUNK
     step = max(1, limit // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
@@ -258,7 +265,7 @@ def _parts(weight: Tensor) -> Iterator[slice]:
 def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows as contiguous float32 (float64 stays), without a copy where they already are."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    for part in _parts(weight):
+    for part in _parts(weight, CPU_CHUNK):
         yield part, weight[part].to(dtype).contiguous()
 
 
@@ -280,11 +287,16 @@ def _round_into(out: Tensor, x: Tensor, scale: Tensor, zero: Tensor | None, form
     out.clamp_(-half, half - 1)
 
 
-def _scale_back(codes: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-    """Turn codes (groups, g) into values, in place."""
+def _scale_back(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, plus: Tensor | None = None
+) -> None:
+    """Turn codes (groups, g) into values, in place, plus `plus`."""
     if zero is not None:
         codes.sub_(zero)
-    codes.mul_(scale)
+    if plus is None:
+        codes.mul_(scale)
+    else:
+        torch.addcmul(plus, codes, scale, out=codes)
 
 
 def _best_of(

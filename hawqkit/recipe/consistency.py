@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from hawqkit.errors import did_you_mean
@@ -64,8 +65,9 @@ def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:
 
 
 def _origin(text: TextSection) -> tuple[str | None, ...]:
-    if text.source.endswith((".txt", ".jsonl", ".parquet")):
-        return text.source, text.config, ""  # a local file has no splits: both names mean all of it
+    if text.source.lower().endswith((".txt", ".jsonl", ".parquet")):
+        # A local file has no splits: both names mean all of it, however its path is written.
+        return str(File(text.source).expanduser().resolve()), text.config, ""
     return text.source, text.config, text.split
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -158,15 +159,21 @@ def _model_at(schema: type[BaseModel], path: Path) -> type[BaseModel] | None:
     for step in path:
         if isinstance(here, type) and issubclass(here, BaseModel):
             info: Mapping[str, FieldInfo] = dict(_fields(here))
-            here = info[str(step)].annotation if step in info else None
+            here = _section_of(info[str(step)].annotation) if step in info else None
         else:  # dict[str, Model]: the step is a name that the user chose
             here = typing.get_args(here)[-1] if typing.get_origin(here) is dict else None
     return here if isinstance(here, type) and issubclass(here, BaseModel) else None
 
 
+def _section_of(annotation: Any) -> Any:
+    """Return the section of a key that may be left out, `Section | None`."""
+    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    return parts[0] if isinstance(annotation, types.UnionType) and len(parts) == 1 else annotation
+
+
 def _all_paths(schema: type[BaseModel]) -> Iterator[Path]:
     for name, info in _fields(schema):
         yield (name,)
-        inner = info.annotation
+        inner = _section_of(info.annotation)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from ((name, *rest) for rest in _all_paths(inner))

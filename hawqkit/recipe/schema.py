@@ -22,6 +22,7 @@ from hawqkit.recipe.values import (
     SIZED_TARGETS,
     Device,
     FormatName,
+    LayerChoice,
     NonEmpty,
     Number,
     Positive,
@@ -32,6 +33,7 @@ from hawqkit.recipe.values import (
     TargetName,
     TextName,
     distinct,
+    distinct_numbers,
 )
 
 
@@ -114,7 +116,8 @@ class LayersSection(Section):
         default=("*",), min_length=1, description="patterns of names"
     )
     exclude: tuple[NonEmpty, ...] = Field(
-        default=("lm_head",), description="patterns of names to leave"
+        default=("lm_head",),
+        description="patterns of names to leave; the default need not match anything",
     )
     misfits: Literal["refuse", "skip"] = Field(
         default="refuse", description="a layer whose columns a group size does not divide"
@@ -187,6 +190,46 @@ class StabilitySection(Section):
     )
 
 
+class SpectrumSection(Section):
+    """What is measured of the curvature's spectrum, whole and layer by layer."""
+
+    kind: Literal["gauss-newton", "hessian"] = Field(
+        default="gauss-newton",
+        description="gauss-newton has no negative eigenvalues; hessian shows them",
+    )
+    layers: LayerChoice = Field(
+        default="top-8",
+        description="all, top-N (the N layers of largest trace), or patterns of names",
+    )
+    whole: StrictBool = Field(
+        default=True, alias="global", description="also the matrix over all parameters"
+    )
+    top: StrictInt = Field(
+        default=10, ge=0, description="eigenpairs that are found one by one; 0 for none"
+    )
+    steps: StrictInt = Field(default=60, ge=1, description="Lanczos steps of a draw")
+    draws: StrictInt = Field(
+        default=10, ge=1, description="starting vectors of the quadrature; one gives no error bar"
+    )
+    eps: Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(distinct_numbers)] = (
+        Field(
+            default=(1e-2, 1e-4, 1e-6),
+            description="thresholds of |lambda| for rank and degeneracy, in nats",
+        )
+    )
+    sequences: StrictInt = Field(
+        default=8, ge=1, description="sequences of the calibration text; each product reads all"
+    )
+    length: StrictInt = Field(default=64, ge=2, description="tokens of a sequence")
+    seed: StrictInt = Field(default=0, ge=0, description="seed of all random vectors")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.layers and not self.whole:
+            raise ValueError("measures nothing: name layers, or set global: true.")
+        return self
+
+
 class Recipe(Section):
     """Everything a run is told. The key `validate` is the attribute `validation`."""
 
@@ -217,6 +260,9 @@ class Recipe(Section):
     )
     validation: ValidateSection = Field(default=ValidateSection(), alias="validate")
     stability: StabilitySection = StabilitySection()
+    spectrum: SpectrumSection | None = Field(
+        default=None, description="measure the curvature's spectrum too; left out, it is not"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -232,7 +278,10 @@ class Recipe(Section):
 
     def resolved_yaml(self) -> str:
         """Return the recipe with every default written out; reading it gives an equal recipe."""
-        return write_yaml(self.model_dump(mode="json", by_alias=True))
+        data = self.model_dump(mode="json", by_alias=True)
+        if self.spectrum is None:
+            del data["spectrum"]  # a stage that is not asked for, not a stage with defaults
+        return write_yaml(data)
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -78,6 +78,27 @@ def distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def distinct_numbers(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    """Refuse a list that holds a number twice, and return it with the largest first."""
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{list(numbers)} holds a number twice; give each once.")
+    return tuple(sorted(numbers, reverse=True))
+
+
+def _layer_choice(chosen: object) -> object:
+    """Refuse a word that is neither `all` nor `top-N`: a single pattern is a list of one."""
+    if isinstance(chosen, str) and not re.fullmatch(_LAYER_WORDS, chosen):
+        raise ValueError(
+            f"{chosen!r} is no choice of layers; allowed: all, top-N with a number N, or a list of "
+            "patterns, as in ['*.v_proj']."
+        )
+    if not isinstance(chosen, str | list | tuple):
+        raise ValueError(
+            f"got {chosen!r}; allowed: all, top-N with a number N, or a list of patterns."
+        )
+    return chosen
+
+
 def _text_name(name: str) -> str:
     if name == HELD_OUT or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise ValueError(
@@ -95,6 +116,7 @@ def _device(name: str) -> str:
     return name
 
 
+_LAYER_WORDS = r"all|top-[1-9]\d*"
 _SCORES = score_names()
 _RUNTIMES = tuple(RUNTIMES)
 _TARGETS = tuple(TARGETS)
@@ -105,6 +127,10 @@ Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
 Size = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)]
 Device = Annotated[StrictStr, AfterValidator(_device)]
 TextName = Annotated[str, AfterValidator(_text_name)]
+LayerChoice = Annotated[
+    Annotated[StrictStr, Field(pattern=f"^({_LAYER_WORDS})$")] | tuple[NonEmpty, ...],
+    BeforeValidator(_layer_choice),
+]
 FormatName = Annotated[StrictStr, AfterValidator(_format), _enum(format_names())]
 ScoreName = Annotated[StrictStr, AfterValidator(_one_of("score", _SCORES)), _enum(_SCORES)]
 RuntimeName = Annotated[StrictStr, AfterValidator(_one_of("runtime", _RUNTIMES)), _enum(_RUNTIMES)]

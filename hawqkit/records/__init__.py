@@ -14,6 +14,7 @@ from hawqkit.records.decided import (
     ValidatedMix,
     Validation,
 )
+from hawqkit.records.density import Density
 from hawqkit.records.measured import (
     DTYPE_BITS,
     SCHEMA,
@@ -33,14 +34,29 @@ from hawqkit.records.measured import (
     to_numbers,
     to_table,
 )
+from hawqkit.records.spectral import (
+    Eigenvalues,
+    Estimate,
+    PowerLaw,
+    Ranks,
+    RankStatistics,
+    exact_estimate,
+    mean_estimate,
+)
+from hawqkit.records.spectrum import WHOLE_NETWORK, BlockSpectrum, Spectrum
 
 __all__ = [
     "DTYPE_BITS",
     "SCHEMA",
+    "WHOLE_NETWORK",
     "Allocation",
+    "BlockSpectrum",
     "Certificate",
     "Cost",
     "DataFacts",
+    "Density",
+    "Eigenvalues",
+    "Estimate",
     "Floats",
     "Frontier",
     "FrontierPoint",
@@ -50,17 +66,23 @@ __all__ = [
     "Mix",
     "ModelFacts",
     "Numbers",
+    "PowerLaw",
     "Prediction",
     "Provenance",
+    "RankStatistics",
+    "Ranks",
     "Samples",
     "Score",
     "Sensitivities",
     "Skipped",
+    "Spectrum",
     "Table",
     "Tensor",
     "Totals",
     "ValidatedMix",
     "Validation",
+    "exact_estimate",
+    "mean_estimate",
     "to_array",
     "to_numbers",
     "to_table",

@@ -108,7 +108,7 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """The best summed score at one size; `bound` is proven, so the truth lies in [bound, objective]."""
+    """The best summed score at one size; the truth is proven to lie in [bound, objective]."""
 
     average_bits: float
     bits_per_weight: float
@@ -118,7 +118,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """Size against predicted loss: `frontier.json`; `uniform` holds (format, point) for comparison."""
+    """Size against predicted loss: `frontier.json`; `uniform` holds (format, point) to compare."""
 
     points: tuple[FrontierPoint, ...]
     uniform: dict[str, FrontierPoint]

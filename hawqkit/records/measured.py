@@ -1,9 +1,9 @@
 """What the stages hand to each other: frozen records of plain numbers, with no torch in them.
 
 Letters in shapes: L layers, F formats, S sequences, P pairs of sequences of one micro-batch.
-Every record is a pure function of its inputs; seconds, memory and dates stand in `Provenance` alone.
-`store.py` writes and reads them. A cell that does not exist (a format that does not fit a layer) is
-None in a record and NaN in an array.
+Every record is a pure function of its inputs; seconds, memory and dates stand in `Provenance`
+alone. `store.py` writes and reads them. A cell that does not exist (a format that does not fit a
+layer) is None in a record and NaN in an array.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ class Sensitivities:
         rounding: `nearest` or `searched`.
         fingerprint: hash over model, data, formats, rounding and seed.
         withheld: sequences that were kept from choosing.
-        samples: the `Samples` behind the tables; in memory only, since they have a file of their own
-            (typed loosely, because arrays have no JSON schema).
+        samples: the `Samples` behind the tables; in memory only, since they have a file of their
+            own (typed loosely, because arrays have no JSON schema).
     """
 
     model: ModelFacts
@@ -232,7 +232,13 @@ class Sensitivities:
     samples: Any = field(default=None, repr=False, compare=False, metadata={"json": False})
 
     def __post_init__(self) -> None:
-        """Refuse tables whose shape does not belong to the layers and formats."""
+        """Refuse layers that cannot be, and tables whose shape does not belong to them."""
+        for layer in self.layers:
+            if layer.dtype not in DTYPE_BITS or min(layer.rows, layer.columns) < 1:
+                raise ValueError(
+                    f"layer {layer.name} has {layer.rows} x {layer.columns} entries of dtype "
+                    f"{layer.dtype!r}"
+                )
         shape = (len(self.layers), len(self.formats))
         tables = {"weight_error": self.weight_error}
         for name, score in self.scores.items():

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hawqkit.report.html import render_report, write_report
+    from hawqkit.report.html import render_report, write_report, write_spectrum_report
+    from hawqkit.report.spectral_tables import spectrum_tables
     from hawqkit.report.tables import (
         agreement_tables,
         cost_table,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _HOME = {
     "render_report": "html",
     "write_report": "html",
+    "write_spectrum_report": "html",
+    "spectrum_tables": "spectral_tables",
     "agreement_tables": "tables",
     "cost_table": "tables",
     "layers_table": "tables",
@@ -39,7 +42,9 @@ __all__ = [
     "render_report",
     "result_tables",
     "sensitivities_table",
+    "spectrum_tables",
     "write_report",
+    "write_spectrum_report",
 ]
 
 

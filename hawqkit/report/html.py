@@ -13,7 +13,14 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, select_autoesca
 from markupsafe import Markup
 
 from hawqkit.formats import parse_format
-from hawqkit.records import Allocation, Frontier, Provenance, Sensitivities, Validation
+from hawqkit.records import (
+    Allocation,
+    Frontier,
+    Provenance,
+    Sensitivities,
+    Spectrum,
+    Validation,
+)
 from hawqkit.report import figures, wording
 from hawqkit.report.comparison import (
     agreements,
@@ -25,10 +32,12 @@ from hawqkit.report.comparison import (
 )
 from hawqkit.report.glossary import GLOSSARY
 from hawqkit.report.headline import make_headline, model_name, original_bytes
+from hawqkit.report.spectral_section import spectrum_view
 from hawqkit.report.usage import make_usage
 from hawqkit.store import write_text_atomic
 
 TEMPLATE = "template.html.j2"
+SPECTRUM_PAGE = "spectrum_page.html.j2"
 DOUBTFUL = 10  # least stable layers that are named
 LOW_BITS = 2  # where second order misleads
 
@@ -41,6 +50,7 @@ def write_report(
     *,
     frontier: Frontier | None = None,
     provenance: Provenance | None = None,
+    spectrum: Spectrum | None = None,
     exports: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Write the report as one HTML file, atomically, and return where it lies.
@@ -52,6 +62,7 @@ def write_report(
         validation: without it, nothing is said about measurements.
         frontier: without it, the section on other sizes is left out.
         provenance: without it, costs, versions and dates are left out.
+        spectrum: with its densities; without it, nothing is said about eigenvalues and rank.
         exports: target -> folder, for the commands that use them.
 
     Raises:
@@ -64,6 +75,7 @@ def write_report(
         validation,
         frontier=frontier,
         provenance=provenance,
+        spectrum=spectrum,
         exports=exports,
     )
     return write_text_atomic(path, text)
@@ -76,6 +88,7 @@ def render_report(
     *,
     frontier: Frontier | None = None,
     provenance: Provenance | None = None,
+    spectrum: Spectrum | None = None,
     exports: Mapping[str, str | Path] | None = None,
 ) -> str:
     """Return the report as HTML; equal records give equal text. See `write_report`."""
@@ -102,12 +115,30 @@ def render_report(
         "doubtful": _doubtful(allocation),
         "low": _low_layers(allocation),
         "usage": make_usage(allocation, exports),
-        "warnings": _warnings(sensitivities, allocation, validation),
+        "warnings": _warnings(sensitivities, allocation, validation, spectrum),
+        "spectrum": spectrum_view(spectrum) if spectrum is not None else None,
         "original_bytes": original_bytes(sensitivities),
         "glossary": GLOSSARY,
         "figure": _figures(sensitivities, allocation, validation, frontier, bool(pairs)),
     }
     return _environment().get_template(TEMPLATE).render(context)
+
+
+def write_spectrum_report(
+    path: str | Path, spectrum: Spectrum, provenance: Provenance | None = None
+) -> Path:
+    """Write a spectrum alone as one HTML file, for a run that has not been probed.
+
+    Args:
+        path: the file; its folder is made.
+        spectrum: with its densities.
+        provenance: without it, the date is left out.
+
+    Raises:
+        Unsupported: matplotlib is not installed.
+    """
+    context = {"spectrum": spectrum_view(spectrum), "provenance": provenance}
+    return write_text_atomic(path, _environment().get_template(SPECTRUM_PAGE).render(context))
 
 
 def _figures(
@@ -241,5 +272,5 @@ def _low_layers(allocation: Allocation | None) -> int:
     return sum(b is not None and b <= LOW_BITS for b in bits)
 
 
-def _warnings(*records: Sensitivities | Allocation | Validation | None) -> list[str]:
+def _warnings(*records: Sensitivities | Allocation | Validation | Spectrum | None) -> list[str]:
     return list(dict.fromkeys(w for r in records if r is not None for w in r.warnings))

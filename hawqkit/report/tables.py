@@ -21,6 +21,7 @@ from hawqkit.records import (
     Cost,
     Provenance,
     Sensitivities,
+    Spectrum,
     Validation,
 )
 from hawqkit.report.comparison import (
@@ -31,6 +32,7 @@ from hawqkit.report.comparison import (
     target_names,
     texts_of,
 )
+from hawqkit.report.spectral_tables import spectrum_tables
 from hawqkit.report.wording import (
     DASH,
     ELLIPSIS,
@@ -61,6 +63,7 @@ def print_summary(
     validation: Validation | None = None,
     provenance: Provenance | None = None,
     *,
+    spectrum: Spectrum | None = None,
     full: bool = False,
 ) -> None:
     """Print every table that the given records allow, the result first.
@@ -71,6 +74,7 @@ def print_summary(
         allocation: for sizes, formats and predictions.
         validation: for what was measured.
         provenance: for what it cost.
+        spectrum: for eigenvalues, rank and degeneracy.
         full: print every layer, not only the first and last ones.
 
     Raises:
@@ -81,6 +85,8 @@ def print_summary(
     if sensitivities is not None:
         parts.append(sensitivities_table(sensitivities, allocation))
         parts.append(layers_table(sensitivities, allocation, full=full, width=console.width))
+    if spectrum is not None:
+        parts += spectrum_tables(spectrum, full=full)
     if provenance is not None and provenance.costs:
         parts.append(cost_table(provenance.costs))
     records = (sensitivities, allocation, validation)

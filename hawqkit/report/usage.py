@@ -63,18 +63,20 @@ def make_usage(
 def _target(target: str, folder: str) -> list[Usage]:
     quoted = shlex.quote(folder)
     if target == LOADABLE:
+        arguments = shlex.quote(f"pretrained={folder},dtype=float32")
         return [
             Usage(
                 f"Load it in transformers ({folder})",
                 "Needs the package compressed-tensors beside transformers. Never load it with "
-                "dequantize=True: transformers then decodes every layer with the first layer's "
-                "format, and a mix comes out silently wrong.",
+                "dequantize=True: transformers then decodes every layer with one group's format, "
+                "and a mix comes out silently wrong. Stored in 16 bits, it is decoded in 16 bits "
+                "unless dtype=torch.float32 is given.",
                 _LOAD.format(folder=folder),
             ),
             Usage(
                 "Evaluate it with lm-eval",
                 "Any task of the harness; the numbers can be compared with those of the original.",
-                f"lm_eval --model hf --model_args {shlex.quote(f'pretrained={folder}')} "
+                f"lm_eval --model hf --model_args {arguments} "
                 "--tasks lambada_openai,arc_easy --batch_size 8",
             ),
         ]

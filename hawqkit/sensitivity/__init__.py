@@ -1,1 +1,1 @@
-"""How much each layer suffers in each format; the torch-free tables are importable without torch."""
+"""How much each layer suffers in each format; tables are imported without torch."""

@@ -1,9 +1,10 @@
 """The dual probe: one forward and one backward pass measure every layer in every format at once.
 
-With labels y ~ p sampled from the model itself, the gradient g_l of a sequence's summed cross-entropy
-has `E |g_l|^2 = n tr(G_l)` and `E (g_l . dW)^2 = n dW' G_l dW`, where G_l is the layer's block of the
-Gauss-Newton matrix of the mean loss (the Fisher matrix) and n counts the predictions. Sequences are
-independent, so `E (g . g')^2 = n n' |G_l|_F^2` for two of them. No weight requires a gradient.
+With labels y ~ p sampled from the model itself, the gradient g_l of a sequence's summed
+cross-entropy has `E |g_l|^2 = n tr(G_l)` and `E (g_l . dW)^2 = n dW' G_l dW`, where G_l is the
+layer's block of the Gauss-Newton matrix of the mean loss (the Fisher matrix) and n counts the
+predictions. Sequences are independent, so `E (g . g')^2 = n n' |G_l|_F^2` for two of them. No
+weight requires a gradient.
 
 Letters: B sequences of a micro-batch, T positions, L layers, F formats, k sampled positions.
 """
@@ -133,8 +134,8 @@ class DualProbe:
     def _choose_positions(self, batch: MicroBatch, device: torch.device) -> Positions | None:
         """Take the first position, where attention sinks sit, always, and others at random.
 
-        The first token's input is often a hundred times the others'; leaving it to chance would make
-        one sequence in T/k decide the score. Weights keep every sum unbiased: 1 for the first
+        The first token's input is often a hundred times the others'; leaving it to chance would
+        make one sequence in T/k decide the score. Weights keep every sum unbiased: 1 for the first
         position, (length - 1) / (k - 1) for the others.
         """
         if self._positions < 1:
@@ -189,8 +190,8 @@ class DualProbe:
             gram = sums.gram.double().cpu().numpy()
             if not np.isfinite(gram).all():
                 raise NumericalError(
-                    f"the gradient of layer {layer.name} holds NaN or infinity; check the checkpoint, "
-                    "and use dtype float32 or bfloat16 if float16 overflows."
+                    f"the gradient of layer {layer.name} holds NaN or infinity; check the "
+                    "checkpoint, and use dtype float32 or bfloat16 if float16 overflows."
                 )
             out["squared_gradient"][:, i] = np.diagonal(gram)
             out["gram"][:, i] = gram[first, second]

@@ -14,8 +14,8 @@ ROWS = 64  # positions handled at once: bounds the temporaries to ROWS * V numbe
 def uniforms(indices: list[int], length: int, seed: int) -> Tensor:
     """Draw one uniform number for each position of each sequence.
 
-    A draw depends on (seed, global sequence index, position) alone: neither batching nor the number of
-    processes nor a resume changes it. Drawn on the CPU in float64.
+    A draw depends on (seed, global sequence index, position) alone: neither batching nor the number
+    of processes nor a resume changes it. Drawn on the CPU in float64.
 
     Args:
         indices: global sequence indices.
@@ -52,8 +52,8 @@ def sampled_residuals(logits: Tensor, counted: Tensor, uniform: Tensor) -> tuple
         uniform: (B, T) numbers in [0, 1).
 
     Returns:
-        (B, T, V) gradients with respect to the logits, zero where not counted, and (B, T) labels, -1
-        where not counted.
+        (B, T, V) gradients with respect to the logits, zero where not counted, and (B, T) labels,
+        -1 where not counted.
     """
     vocabulary = logits.shape[-1]
     flat = logits.detach().reshape(-1, vocabulary)

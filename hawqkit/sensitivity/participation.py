@@ -15,8 +15,8 @@ def participation_ratios(samples: Samples, rows: Integers | None = None) -> tupl
         tr(G)^2  = sum |g_s|^2 |g_s'|^2 / sum n_s n_s'
         |G|_F^2  = sum (g_s . g_s')^2   / sum n_s n_s'
 
-    For the whole network squared norms and products are summed over layers first. NaN where there is
-    no pair (micro-batches of one sequence).
+    For the whole network squared norms and products are summed over layers first. NaN where there
+    is no pair (micro-batches of one sequence).
     """
     keep = np.ones(len(samples.pairs), dtype=bool)
     if rows is not None:

@@ -33,8 +33,8 @@ def predict(
         joint = sum_s j_s / sum_s n_s     with the interactions: each term is one squared Gaussian
                                           number, so its error is sqrt(2 / S), 14 % to 22 % at 64
 
-    `spread` is `sqrt(2 / participation ratio)` of the network, the relative deviation of dW' G dW if
-    dW were random. Standard errors are jackknives over documents.
+    `spread` is `sqrt(2 / participation ratio)` of the network, the relative deviation of dW' G dW
+    if dW were random. Standard errors are jackknives over documents.
 
     Args:
         samples: of the probe.
@@ -83,9 +83,9 @@ def cross_fitted(
 ) -> tuple[float, float]:
     """Estimate the KL of the procedure: choose on all folds but one, predict on that one, in turn.
 
-    Folds are of whole documents, over all sequences. Returns the mean over sequences and its jackknife
-    standard error; with fewer than two documents a `folds`-fold split does not exist and the error is
-    infinite.
+    Folds are of whole documents, over all sequences. Returns the mean over sequences and its
+    jackknife standard error; with fewer than two documents a `folds`-fold split does not exist and
+    the error is infinite.
 
     Args:
         samples: of the probe.

@@ -1,8 +1,8 @@
-"""Probe a model: errors of all layers, then micro-batch by micro-batch, resumable and in parallel."""
+"""Probe a model: errors of all layers, then micro-batches, resumable and in parallel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 CPU_TOKENS, DEVICE_TOKENS = 1024, 8192
 MOST_SEQUENCES = 16
 CODES_SHARE = 0.25  # of the free memory, that int8 codes may take
+MISFIT_LINES = 6  # widths that a message names: most models have two or three
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,26 +248,44 @@ def fitting_layers(
     if misfits not in ("refuse", "skip"):
         raise InputError(f"misfits {misfits!r}: allowed are refuse, skip.")
     parsed = parse_formats(formats)
-    kept, problems, skipped = [], [], list(model.skipped)
+    kept, skipped = [], list(model.skipped)
+    found: dict[int, list[str]] = {}  # columns -> names of the layers that have so many
     for layer in model.layers:
         bad = [f.name for f in parsed if not f.fits(layer.columns)]
         if not bad:
             kept.append(layer)
             continue
-        fit = [f for f in fitting_formats(layer.columns) if not f.endswith("-asym")]
         reason = f"{layer.columns} columns do not divide into groups of {', '.join(bad)}"
         skipped.append(Skipped(layer.name, layer.kind, (layer.rows, layer.columns), reason))
-        problems.append(f"layer {layer.name}: {reason}; formats that fit: {', '.join(fit)}.")
-    if problems and misfits == "refuse":
-        shown = "\n  - ".join(problems[:6])
-        more = f"\n  (and {len(problems) - 6} more layers)" if len(problems) > 6 else ""
+        found.setdefault(layer.columns, []).append(layer.name)
+    if found and misfits == "refuse":
         raise Unsupported(
-            f"{len(problems)} layers do not take all formats:\n  - {shown}{more}\n"
-            "Use formats that fit, exclude these layers, or set layers.misfits to skip."
+            f"{sum(map(len, found.values()))} layers do not take all formats:\n"
+            + "\n".join(_misfit_lines(found, parsed))
+            + "\nUse formats that fit, exclude these layers, or set layers.misfits to skip."
         )
     if not kept:
-        raise Unsupported("no layer is left that takes all formats; " + problems[0])
+        raise Unsupported(
+            "no layer is left that takes all formats:\n" + "\n".join(_misfit_lines(found, parsed))
+        )
     return tuple(kept), tuple(skipped)
+
+
+def _misfit_lines(found: Mapping[int, Sequence[str]], formats: Sequence[Format]) -> list[str]:
+    """Return a line for each number of columns: which layers have it, and what fits them."""
+    lines = []
+    for columns, names in list(found.items())[:MISFIT_LINES]:
+        bad = [f.name for f in formats if not f.fits(columns)]
+        fit = [f for f in fitting_formats(columns) if not f.endswith("-asym")]
+        more = f" (and {len(names) - 2} more layers)" if len(names) > 2 else ""
+        lines.append(
+            f"  - {', '.join(names[:2])}{more}: {columns} columns do not divide into groups of "
+            f"{', '.join(bad)}; formats that fit: {', '.join(fit)}."
+        )
+    rest = list(found.items())[MISFIT_LINES:]
+    if rest:
+        lines.append(f"  (and layers of {', '.join(str(columns) for columns, _ in rest)} columns)")
+    return lines
 
 
 def micro_batch_size(asked: int | str, length: int, device_type: str) -> int:

@@ -1,7 +1,7 @@
 """Scores: from raw sums of the probe to a predicted loss in nats, for each layer and format.
 
-Each score is a function of sums over sequences, so its standard error is a clustered jackknife of the
-whole formula (see `statistics.jackknife`). All of them predict the mean KL divergence from the
+Each score is a function of sums over sequences, so its standard error is a clustered jackknife of
+the whole formula (see `statistics.jackknife`). All of them predict the mean KL divergence from the
 original model in nats; they differ in what they know about the rounding error dW.
 
 Letters: L layers, F formats, C clusters; `...` any leading shape (jackknife replicates).
@@ -18,10 +18,10 @@ from hawqkit.errors import InputError, did_you_mean
 from hawqkit.records import Floats, Integers, Samples
 from hawqkit.statistics import Sums, cluster_sums, jackknife
 
-# Weight of the token score in the geometric mean `shrunk`. From a prototype on one model and one seed;
-# benchmarks/score_comparison.py is there to settle it.
-SHRINKAGE = 0.25
-AUTO = "shrunk"
+# Weight of the token score in the geometric mean `shrunk`, and the best score: docs/scores.md has
+# the comparison that decided both.
+SHRINKAGE = 0.75
+AUTO = "token"
 
 
 def _per_numel(s: Sums, facts: Facts) -> Floats:
@@ -53,11 +53,11 @@ def token_summed(s: Sums, facts: Facts) -> Floats:
 
 
 def shrunk(s: Sums, facts: Facts) -> Floats:
-    """`trace^(1 - b) * token^b`, b = 0.25.
+    """`trace^(1 - b) * token^b`, b = 0.75.
 
     The trace knows one number a layer and carries over to other text; the token score knows the
-    direction of the error but fits its noise and its text. In a prototype their geometric mean chose
-    better than either; benchmarks/score_comparison.py repeats the comparison with errors.
+    direction of the error but fits its noise and its text. With a few sequences their geometric
+    mean chooses as well as either or better, with many the token score alone does (docs/scores.md).
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         mean: Floats = trace(s, facts) ** (1 - SHRINKAGE) * token(s, facts) ** SHRINKAGE
@@ -80,7 +80,7 @@ def _matched(s: Sums, name: str) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What does not depend on the samples: numel (L,) and |dW|^2 (L, F), NaN where not available."""
+    """What does not depend on the samples: numel (L,) and |dW|^2 (L, F), NaN where none is."""
 
     numel: Floats
     weight_error: Floats
@@ -157,9 +157,9 @@ def with_risk(
 ) -> Floats:
     """Add `risk` standard deviations to a score (L, F).
 
-    For scores that take dW as random (`trace`, `weight-error`) the deviation of `dW' G dW` about its
-    mean is `sqrt(2 / participation ratio)`, relative: a layer of low effective rank is a risky bet at
-    the same trace. For scores that know dW it is their own standard error.
+    For scores that take dW as random (`trace`, `weight-error`) the deviation of `dW' G dW` about
+    its mean is `sqrt(2 / participation ratio)`, relative: a layer of low effective rank is a risky
+    bet at the same trace. For scores that know dW it is their own standard error.
 
     Raises:
         InputError: `risk` is positive and a deviation is not known.
@@ -170,8 +170,8 @@ def with_risk(
     deviation = values * np.sqrt(2 / participation)[:, None] if isotropic else stderr
     if not np.isfinite(deviation[np.isfinite(values)]).all():
         raise InputError(
-            f"risk {risk:g} needs the {'participation ratio' if isotropic else 'standard error'} of "
-            "every layer, and this run has too few sequences for it; use more sequences, micro-batches "
-            "of at least two, or risk 0."
+            f"risk {risk:g} needs the {'participation ratio' if isotropic else 'standard error'} "
+            "of every layer, and this run has too few sequences for it; use more sequences, "
+            "micro-batches of at least two, or risk 0."
         )
     return values + risk * deviation

@@ -79,17 +79,18 @@ class LinearUse(Use):
     def responses(
         self, rows: Tensor | slice, errors: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """One product of (B k, C) with (C, F R), then a sum over rows."""
+        """One product of (F R, C) with (C, B k), then a sum over rows."""
         formats, count, columns = errors.shape
         d, a = _take(self.gradients[..., rows], positions), _take(self.inputs, positions)
-        y = a.flatten(0, 1) @ errors.reshape(formats * count, columns).T  # (B k, F R)
-        y = y.view(*positions.index.shape, formats, count).mul_(d[:, :, None, :])
-        return y.square().sum(-1), y.sum(-1)
+        # In this order: BLAS is up to a third faster with the long side first.
+        y = errors.reshape(formats * count, columns) @ a.flatten(0, 1).T
+        y = y.view(formats, count, *positions.index.shape).mul_(d.permute(2, 0, 1))
+        return y.square().sum(1).permute(1, 2, 0), y.sum(1).permute(1, 2, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingUse(Use):
-    """A table lookup: token ids (B, T), output gradients (B, T, C); a_t is one-hot, so |a_t| = 1."""
+    """A table lookup: token ids (B, T), output gradients (B, T, C); a_t is one-hot, |a_t| = 1."""
 
     ids: Tensor
     gradients: Tensor
@@ -126,7 +127,7 @@ class EmbeddingUse(Use):
         if isinstance(rows, slice):
             inside = (self.ids >= rows.start) & (self.ids < rows.stop)
             return (self.ids - rows.start) * inside, inside
-        place = torch.searchsorted(rows, self.ids).clamp_(max=len(rows) - 1)
+        place = torch.searchsorted(rows, self.ids.contiguous()).clamp_(max=len(rows) - 1)
         inside = rows[place] == self.ids
         return place * inside, inside
 

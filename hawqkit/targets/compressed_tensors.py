@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hawqkit import __version__
+from hawqkit.errors import Unsupported
 from hawqkit.formats import Format, parse_format
 from hawqkit.records import Allocation, Integers, Layer, ModelFacts, Tensor
 from hawqkit.targets.contract import choice_problem, mix_problems, require
@@ -68,15 +69,21 @@ tokenizer = AutoTokenizer.from_pretrained("PATH/TO/THIS/FOLDER")
 
 ## Evaluate it
 ```
-lm_eval --model hf --model_args pretrained=PATH/TO/THIS/FOLDER --tasks wikitext
+lm_eval --model hf --model_args pretrained=PATH/TO/THIS/FOLDER,dtype=float32 --tasks wikitext
 ```
 {warning}"""
 
 _WARNING = """
+## In which precision it is decoded
+A folder whose stored dtype is 16-bit decodes in 16 bits unless `dtype=torch.float32` is given to
+`from_pretrained`; this folder is stored in {dtype}. In float32 the weights are, bit for bit, those
+that hawqkit measured in float32; in bfloat16 each is rounded once more, by up to 0.4 percent.
+
 ## Do not load it with `dequantize=True`
-`CompressedTensorsConfig(dequantize=True)` decodes every layer as if it had the width of the first
-group (seen with transformers 5.23 and compressed-tensors 0.20.0). This folder mixes widths, so the
-model comes out wrong without any message. Load it as above: the layers are decoded one by one.
+`CompressedTensorsConfig(dequantize=True)` silently applies one group's scheme to every layer: the
+first one's width and columns to a scale (seen with transformers 5.23 and compressed-tensors
+0.20.0). Where widths are mixed, the model comes out wrong without any message; where groups of
+columns differ too, loading fails. Load it as above: each layer is decoded by its own scheme.
 
 ## vLLM
 vLLM reads this layout, but it has kernels for some widths alone, and it was not tested with scales
@@ -202,6 +209,17 @@ def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path
 
     require(NAME, problems(allocation.layers, model.layers, model.facts))
     return write_checkpoint(allocation, Path(folder), model)
+
+
+def write_from_facts(
+    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
+) -> list[Path]:
+    """Refuse: the checkpoint holds the weights, which the records of a run do not.
+
+    Raises:
+        Unsupported: always.
+    """
+    raise Unsupported(f"target {NAME!r} writes weights: give the model, as `load_model` loads it.")
 
 
 def is_export(folder: Path) -> bool:
@@ -337,5 +355,5 @@ def readme(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -
             if rows
             else 'It needs `pip install "transformers>=5.0"` and no hawqkit.'
         ),
-        warning=_WARNING if rows else "",
+        warning=_WARNING.format(dtype=facts.dtype) if rows else "",
     )

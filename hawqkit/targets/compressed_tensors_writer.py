@@ -33,6 +33,8 @@ def write_checkpoint(allocation: Allocation, folder: Path, model: LoadedModel) -
         tensors = checkpoint(allocation, model)
         save_file(tensors, place / layout.WEIGHTS, metadata=layout.METADATA)
         (place / layout.CONFIG).write_bytes(layout.config_text(mix, layers, facts).encode())
+        # safetensors gives its file to the owner alone, whatever the umask says.
+        (place / layout.WEIGHTS).chmod((place / layout.CONFIG).stat().st_mode & 0o777)
         (place / layout.README).write_bytes(layout.readme(mix, layers, facts).encode())
         model.save_side_files(place)
         names = sorted(p.relative_to(place) for p in place.rglob("*") if p.is_file())

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from hawqkit.models.model import LoadedModel
 
 
+MOST_PROBLEMS = 10  # that a message lists: a wrong target has one for each layer
+
+
 class Target(Protocol):
     """A module that writes a mix in the form that one quantizer or runtime reads.
 
@@ -25,7 +28,8 @@ class Target(Protocol):
         NAME: the name in a recipe.
         ABOUT: one sentence for tables.
         RUNTIMES: names of the runtimes that read the layout.
-        SIZED: whether the files hold the weights, so that their bytes are worth a budget.
+        SIZED: whether the files hold the weights: then their bytes are worth a budget, and only
+            `write` can write them.
     """
 
     NAME: str
@@ -57,6 +61,16 @@ class Target(Protocol):
             Unsupported: the target has no sizes, or cannot hold the mix.
         """
 
+    def write_from_facts(
+        self, allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
+    ) -> list[Path]:
+        """Write the same as `write`, where the model is not loaded; without torch.
+
+        Raises:
+            Unsupported: the files hold weights, or the target cannot hold the mix.
+            InputError: the folder holds something else; nothing is changed.
+        """
+
     def write(self, allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
         """Write the allocation, and return the files.
 
@@ -77,9 +91,18 @@ def require(name: str, problems: Sequence[str]) -> None:
     if not problems:
         return
     count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-    shown = [f"  - {problem}" for problem in problems[:20]]
-    more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
-    raise Unsupported("\n".join([f"target {name!r} cannot hold this mix: {count}", *shown, *more]))
+    lines = capped(problems)
+    raise Unsupported("\n".join([f"target {name!r} cannot hold this mix: {count}", *lines]))
+
+
+def capped(problems: Sequence[str], most: int = MOST_PROBLEMS) -> list[str]:
+    """Return the first problems as lines of a list, and how many more there are.
+
+    >>> capped(["a", "b", "c"], most=2)
+    ['  - a', '  - b', '  and 1 more']
+    """
+    more = len(problems) - most
+    return [*(f"  - {p}" for p in problems[:most]), *([f"  and {more} more"] if more > 0 else [])]
 
 
 def mix_problems(mix: Mapping[str, str], layers: Sequence[Layer]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Run the original and the quantized model over held-out text and keep what differs, token by token.
+"""Run the original and the quantized model over held-out text; keep how each token differs.
 
 Letters: S sequences, T positions, V vocabulary, N counted predictions.
 """
@@ -55,9 +55,9 @@ def measure_text(
 ) -> tuple[TokenResults, dict[str, TokenResults]]:
     """Measure every mix against the original model on one text.
 
-    The original's logits are kept where they take little memory, and made again beside each mix where
-    they do not; the results are the same. The model is restored bit for bit, also when something
-    raises.
+    The original's logits are kept where they take little memory, and made again beside each mix
+    where they do not; the results are the same. The model is restored bit for bit, also when
+    something raises.
 
     Args:
         model: the original.

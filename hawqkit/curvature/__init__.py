@@ -1,0 +1,1 @@
+"""Curvature of a model's loss as symmetric operators: Hessian, Gauss-Newton, Fisher."""

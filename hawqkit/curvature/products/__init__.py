@@ -1,0 +1,1 @@
+"""How products with the Hessian are made: one file a back-end."""

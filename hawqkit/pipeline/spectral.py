@@ -1,0 +1,115 @@
+"""The spectrum of a run: measured on a little calibration text, into its own record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from hawqkit import distributed
+from hawqkit.costs import Meter
+from hawqkit.errors import InputError, StateMismatch
+from hawqkit.journal import locked
+from hawqkit.models import LoadedModel, Sequences
+from hawqkit.pipeline.costing import Ledger
+from hawqkit.pipeline.folder import RunFolder
+from hawqkit.pipeline.inputs import (
+    describe_processes,
+    load_recipe_model,
+    load_spectrum_text,
+    settle,
+)
+from hawqkit.pipeline.progress import speaker, track
+from hawqkit.recipe import Recipe, SpectrumSection
+from hawqkit.records import Cost, Spectrum
+from hawqkit.spectrum.blocks import BlockSettings
+from hawqkit.spectrum.measuring import SpectrumSettings, measure_spectrum
+from hawqkit.store import write_text_atomic
+
+
+def run_spectrum(recipe: Recipe, folder: str | Path) -> None:
+    """Measure the spectrum that a recipe asks for, or one with defaults, into a run folder.
+
+    Killed at any moment and started again, it goes on and ends with the same records, bit for bit.
+
+    Raises:
+        HawqkitError: with one message that says what to do.
+    """
+    section = recipe.spectrum or SpectrumSection()
+    console = speaker()
+    console.print(f"hawqkit: {describe_processes()}")
+    with Meter() as load:
+        model = load_recipe_model(recipe)
+        text = load_spectrum_text(recipe.calibration, section, model)
+    main = distributed.processes().is_main
+    run = RunFolder(Path(folder))
+    lock = locked(run.path) if main else None
+    if lock is not None:
+        lock.__enter__()
+    try:
+        seeds = {"calibration": recipe.calibration.seed}
+        ledger = Ledger(run, seeds, {"model": model.facts.hash})
+        measure(run, section, model, text, ledger, console)
+        ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
+        if main and not run.recipe.exists():
+            asked = recipe.model_copy(update={"spectrum": section})
+            write_text_atomic(run.recipe, settle(asked, model).resolved_yaml())
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)
+    distributed.wait()
+    distributed.finish()
+
+
+def measure(
+    run: RunFolder,
+    section: SpectrumSection,
+    model: LoadedModel,
+    text: Sequences,
+    ledger: Ledger,
+    console: Console,
+) -> Spectrum | None:
+    """Measure, or go on, and write the record; None in processes other than the main one."""
+    kept = _entries(run)
+    with Meter(str(model.device)) as meter:
+        found = measure_spectrum(
+            model, text, settings_of(section), folder=run.spectrum_journal, track=track
+        )
+    if found is None:
+        return None
+    if _same(run, found):
+        console.print("spectrum: taken from the run folder, nothing has changed")
+        return found
+    run.write_spectrum(found)
+    products = sum(block.products for block in found.everything)
+    console.print(
+        f"spectrum: {len(found.everything)} blocks, {products:,} products of the "
+        f"{found.kind} matrix with a vector"
+    )
+    if _entries(run) != kept:  # else the journal had it all, and the cost of before stands
+        ledger.note("spectrum", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
+    return found
+
+
+def settings_of(section: SpectrumSection) -> SpectrumSettings:
+    """Return what a section of a recipe asks for."""
+    return SpectrumSettings(
+        kind=section.kind,
+        layers=section.layers,
+        whole=section.whole,
+        eps=section.eps,
+        each=BlockSettings(section.top, section.steps, section.draws, section.seed),
+    )
+
+
+def _entries(run: RunFolder) -> int:
+    """Return how many blocks the journal holds."""
+    return len(list(run.spectrum_journal.glob("batch-*.safetensors")))
+
+
+def _same(run: RunFolder, found: Spectrum) -> bool:
+    """Whether the folder already holds this record, undamaged."""
+    try:
+        return run.read_spectrum() == found
+    except (InputError, StateMismatch):
+        return False

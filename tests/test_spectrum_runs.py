@@ -1,0 +1,204 @@
+"""`hawqkit spectrum`, and `run` with a section `spectrum`: killed, resumed, shown, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pico
+import pytest
+from command_line import RECIPE, contents, invoke, refuse, succeed
+
+from hawqkit.estimators.lanczos import Lanczos
+from hawqkit.journal import Journal
+from hawqkit.pipeline.folder import RunFolder
+from hawqkit.recipe import load_recipe
+
+SECTION = """\
+spectrum: {layers: ["*.0.*.v_proj", "*.o_proj"], global: true, top: 2, steps: 12, draws: 3,
+           eps: [1.0e-2, 1.0e-9], sequences: 2, length: 12}
+"""
+FILES = ("spectrum.json", "spectrum.safetensors")
+SPECTRUM = ("spectrum", "r.yaml", "-o", "run")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a recipe, its model, and a finished spectrum in `run`."""
+    home = tmp_path_factory.mktemp("spectrum")
+    pico.save(home / "model", pico.llama(hidden=16, intermediate=32))
+    (home / "r.yaml").write_text(RECIPE.replace("-g32", "-channel") + SECTION)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        succeed(*SPECTRUM)
+    return home
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the recipe and the model, without the run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "model", tmp_path / "model")
+    shutil.copy(made / "r.yaml", tmp_path / "r.yaml")
+    return tmp_path
+
+
+def records(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_the_run_folder_holds_record_tridiagonals_and_eigenvectors(made: Path) -> None:
+    found = RunFolder(made / "run").read_spectrum()
+    assert found is not None
+    assert [b.name for b in found.blocks] == [
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.self_attn.o_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
+    assert found.whole is not None
+    assert found.densities[found.whole.name].alphas.shape == (3, 12)
+    assert len(list((made / "run/spectrum").glob("*/eigenpairs.safetensors"))) == 4
+    assert load_recipe(made / "run/recipe.yaml", []).spectrum is not None
+
+
+@pytest.mark.parametrize("step", [3, 25])
+def test_a_spectrum_killed_within_a_draw_ends_with_the_same_bytes(
+    made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    advance, left = Lanczos.advance, [step]
+
+    def killed(self: Lanczos) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lanczos, "advance", killed)
+        assert invoke(*SPECTRUM).exit_code == 130
+    assert not (here / "run/spectrum.json").exists()
+    succeed(*SPECTRUM)
+    assert records(here / "run") == records(made / "run")
+
+
+@pytest.mark.parametrize("entries", [0, 1, 3])
+def test_a_spectrum_killed_between_blocks_ends_with_the_same_bytes(
+    made: Path, here: Path, monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    write, left = Journal.write, [entries]
+
+    def killed(self: Journal, *arguments: object) -> None:
+        left[0] -= self.folder.name == "spectrum"
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", killed)
+        assert invoke(*SPECTRUM).exit_code == 130
+    assert len(list((here / "run/spectrum").glob("batch-*"))) == entries
+    succeed(*SPECTRUM)
+    assert records(here / "run") == records(made / "run")
+
+
+def test_a_finished_spectrum_is_taken_and_its_folder_is_a_run(made: Path) -> None:
+    before = records(made / "run")
+    done = succeed("spectrum", str(made / "run"))
+    assert "taken from the run folder" in done.stdout
+    assert records(made / "run") == before
+
+
+def test_show_and_report_work_on_a_spectrum_alone(made: Path, tmp_path: Path) -> None:
+    shown = succeed("show", str(made / "run")).stdout
+    for words in ("Numerical rank", "particip.", "Top eigenvalues of whole network", "noise floor"):
+        assert words in shown
+    assert "Negative curvature" not in shown
+    succeed("report", str(made / "run"), "-o", str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<section id="spectrum">') == 1
+    assert page.count("<svg") == 2
+    for words in ("stable rank", "participation ratio", "entropy rank", "eps lifted to"):
+        assert words in page
+    assert "eigenvalues are below" in page
+
+
+def test_a_run_measures_it_and_its_report_has_the_section(made: Path, here: Path) -> None:
+    succeed("run", "r.yaml", "-o", "run")
+    assert records(here / "run") == records(made / "run")
+    assert '<section id="spectrum">' in (here / "run/report.html").read_text()
+    assert "spectrum" in json.loads((here / "run/provenance.json").read_text())["costs"]
+
+
+def test_a_hessians_negative_eigenvalues_are_shown(here: Path) -> None:
+    options = ("--set", "spectrum.kind=hessian", "--set", "spectrum.global=false")
+    shown = succeed("spectrum", "r.yaml", "-o", "run", *options).stdout
+    assert "Negative curvature" in shown
+    found = RunFolder(here / "run").read_spectrum()
+    assert found is not None
+    assert all(block.smallest < 0 for block in found.blocks)
+    assert all(block.ranks.negative[0].value > 0 for block in found.blocks)
+
+
+def test_a_run_without_the_section_is_what_it_was(here: Path) -> None:
+    (here / "r.yaml").write_text(RECIPE.replace("-g32", "-channel"))
+    succeed("run", "r.yaml", "-o", "run")
+    assert not any("spectrum" in name for name in contents(here / "run"))
+    assert "spectrum" not in (here / "run/recipe.yaml").read_text()
+    assert 'id="spectrum"' not in (here / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("spectrum.layer=all", "unknown key; known here: kind, layers, global"),
+        ("spectrum.kind=fisher", "gauss-newton, hessian"),
+        ("spectrum.layers=top-0", "no choice of layers"),
+        ("spectrum.layers=[nothing.*]", "matches none"),
+        ("spectrum.layers=top-99", "more than the"),
+        ("spectrum.eps=[0.1, -1.0]", "above 0"),
+        ("spectrum.eps=[0.1, 0.1]", "twice"),
+        ("spectrum.draws=0", "at least 1"),
+        ("spectrum.length=100000", "positions"),
+        ("spectrum={layers: [], global: false}", "measures nothing"),
+    ],
+)
+def test_a_bad_section_is_refused_before_anything_is_written(
+    here: Path, setting: str, words: str
+) -> None:
+    refuse(here, "spectrum", "r.yaml", "-o", "new", "--set", setting, words=words)
+
+
+def test_a_folder_that_is_no_run_is_refused(here: Path) -> None:
+    (here / "empty").mkdir()
+    refuse(here, "spectrum", "empty", words="no run folder")
+
+
+@pytest.mark.timeout(400)  # an interpreter for each of two processes, on cores that others use
+def test_two_processes_give_what_one_gives(made: Path, here: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "hawqkit", *SPECTRUM],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((here / "run/provenance.json").read_text())["processes"] == 2
+    one, two = (RunFolder(f / "run").read_spectrum() for f in (made, here))
+    assert one is not None
+    assert two is not None
+    for a, b in zip(one.everything, two.everything, strict=True):
+        assert a.top is not None
+        assert b.top is not None
+        # float32: the shares of two processes are added in another order
+        assert b.top.values == pytest.approx(a.top.values, rel=1e-4)
+        assert a.statistics is not None
+        assert b.statistics is not None
+        assert b.statistics.trace.value == pytest.approx(a.statistics.trace.value, rel=1e-4)
+        assert b.products == a.products or a.method != "dense"
