@@ -10,21 +10,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hawqkit.curvature.fisher import empirical_fisher, fisher
+    from hawqkit.curvature.gauss_newton import gauss_newton
+    from hawqkit.curvature.hessian import hessian
+    from hawqkit.curvature.layer_traces import layer_traces
+    from hawqkit.curvature.objective import Objective, cross_entropy, squared_error
     from hawqkit.errors import HawqkitError, InputError
+    from hawqkit.estimators.densities import density
+    from hawqkit.estimators.eigenpairs import top_eigenpairs
+    from hawqkit.estimators.ranks import rank
+    from hawqkit.estimators.traces import trace
     from hawqkit.models.batches import load_batches
     from hawqkit.models.loading import load_model
     from hawqkit.models.model import wrap_model
     from hawqkit.pipeline.surface import allocate, export, validate
     from hawqkit.records import (
         Allocation,
+        Density,
+        Estimate,
         Frontier,
         Layer,
         Provenance,
         Sensitivities,
+        Spectrum,
         Validation,
     )
     from hawqkit.report.html import write_report
     from hawqkit.sensitivity.probing import probe
+    from hawqkit.spectrum.per_layer import layer_densities, layer_ranks, layer_top_eigenpairs
 
 __version__ = "0.1.0"
 
@@ -32,18 +45,36 @@ __version__ = "0.1.0"
 # of the room, `hawqkit.<name>` would be the module.
 _HOMES = {
     "Allocation": "hawqkit.records",
+    "Density": "hawqkit.records",
+    "Estimate": "hawqkit.records",
     "Frontier": "hawqkit.records",
     "HawqkitError": "hawqkit.errors",
     "InputError": "hawqkit.errors",
     "Layer": "hawqkit.records",
+    "Objective": "hawqkit.curvature.objective",
     "Provenance": "hawqkit.records",
     "Sensitivities": "hawqkit.records",
+    "Spectrum": "hawqkit.records",
     "Validation": "hawqkit.records",
     "allocate": "hawqkit.pipeline.surface",
+    "cross_entropy": "hawqkit.curvature.objective",
+    "density": "hawqkit.estimators.densities",
+    "empirical_fisher": "hawqkit.curvature.fisher",
     "export": "hawqkit.pipeline.surface",
+    "fisher": "hawqkit.curvature.fisher",
+    "gauss_newton": "hawqkit.curvature.gauss_newton",
+    "hessian": "hawqkit.curvature.hessian",
+    "layer_densities": "hawqkit.spectrum.per_layer",
+    "layer_ranks": "hawqkit.spectrum.per_layer",
+    "layer_top_eigenpairs": "hawqkit.spectrum.per_layer",
+    "layer_traces": "hawqkit.curvature.layer_traces",
     "load_batches": "hawqkit.models.batches",
     "load_model": "hawqkit.models.loading",
     "probe": "hawqkit.sensitivity.probing",
+    "rank": "hawqkit.estimators.ranks",
+    "squared_error": "hawqkit.curvature.objective",
+    "top_eigenpairs": "hawqkit.estimators.eigenpairs",
+    "trace": "hawqkit.estimators.traces",
     "validate": "hawqkit.pipeline.surface",
     "wrap_model": "hawqkit.models.model",
     "write_report": "hawqkit.report.html",
@@ -52,19 +83,37 @@ _HOMES = {
 # A literal, because type checkers and linters read it; a test keeps it equal to the table.
 __all__ = [
     "Allocation",
+    "Density",
+    "Estimate",
     "Frontier",
     "HawqkitError",
     "InputError",
     "Layer",
+    "Objective",
     "Provenance",
     "Sensitivities",
+    "Spectrum",
     "Validation",
     "__version__",
     "allocate",
+    "cross_entropy",
+    "density",
+    "empirical_fisher",
     "export",
+    "fisher",
+    "gauss_newton",
+    "hessian",
+    "layer_densities",
+    "layer_ranks",
+    "layer_top_eigenpairs",
+    "layer_traces",
     "load_batches",
     "load_model",
     "probe",
+    "rank",
+    "squared_error",
+    "top_eigenpairs",
+    "trace",
     "validate",
     "wrap_model",
     "write_report",

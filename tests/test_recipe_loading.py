@@ -165,7 +165,6 @@ def test_what_a_recipe_leaves_out_has_the_documented_default(tmp_path: Path) -> 
         ("budget.size=0", "budget.size (--set): 0 (a number)", "above 0"),
         ("budget.size=1.5", "budget.size (--set): 1.5 is not a size", "whole bytes"),
         ("budget.max_kl=1", "budget.max_kl (--set): unknown key", "known here: average_bits"),
-        ("spectrum.global=true", "spectrum (--set): unknown key", "known here: model"),
     ],
 )
 def test_each_mistake_names_path_value_reason_and_what_is_allowed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -108,8 +109,12 @@ def _entries(run: RunFolder) -> int:
 
 
 def _same(run: RunFolder, found: Spectrum) -> bool:
-    """Whether the folder already holds this record, undamaged."""
+    """Whether the folder already holds this record, undamaged.
+
+    The model may go by another path: a run folder's recipe holds an absolute one.
+    """
     try:
-        return run.read_spectrum() == found
+        kept = run.read_spectrum()
+        return kept is not None and replace(kept, model=found.model) == found
     except (InputError, StateMismatch):
         return False
