@@ -3,7 +3,7 @@
     python benchmarks/prediction.py runs/quickstart [RUN ...]
 
 Measures each run's chosen mix on the very sequences that predicted it, those withheld from the
-choice, and prints prediction and measurement. Only the sum over layers and the second order can then
+choice, and prints prediction and measurement. Only the sum over layers and second order can then
 make the difference. For runs of the quickstart's model and calibration; a minute on two cores.
 """
 

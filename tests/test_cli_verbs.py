@@ -8,21 +8,10 @@ from pathlib import Path
 import pico
 import pytest
 from click.testing import CliRunner, Result
+from command_line import RECIPE
 
 from hawqkit.cli import cli
 from hawqkit.targets import compressed_tensors
-
-RECIPE = """\
-model: {source: model}
-calibration: {sequences: 4, length: 32, withheld: 2}
-held_out: {sequences: 2, length: 32}
-layers: {exclude: [lm_head, model.embed_tokens]}
-formats: [int3-g32, int4-g32, int8-g32]
-budget: {average_bits: 4.5}
-export: [bits]
-validate: {baselines: [uniform]}
-stability: {draws: 2}
-"""
 
 
 def call(*arguments: str) -> Result:
