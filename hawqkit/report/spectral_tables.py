@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from hawqkit.records import BlockSpectrum, Estimate, RankStatistics, Spectrum
+from hawqkit.report.terminal import add_columns, new_table
 from hawqkit.report.wording import (
     DASH,
     clean,
@@ -115,8 +115,8 @@ def eigenvalue_text(value: float, residual: float | None) -> str:
 
 def _rank_table(spectrum: Spectrum, rows: Sequence[BlockSpectrum | int], column: int) -> Table:
     asked = thresholds(spectrum)[column]
-    table = _table(f"Numerical rank: eigenvalues with |lambda| >= eps = {asked:g}")
-    _columns(table, "block", "n", "rank", "95 % interval", "degeneracy\n1 - rank/n", "eps\nused")
+    table = new_table(f"Numerical rank: eigenvalues with |lambda| >= eps = {asked:g}")
+    add_columns(table, "block", "n", "rank", "95 % interval", "degeneracy\n1 - rank/n", "eps\nused")
     for row in rows:
         if isinstance(row, int):
             table.add_row(f"{row} more", *[""] * 5, style="dim")
@@ -143,8 +143,8 @@ def compact_count(count: int) -> str:
 
 
 def _statistics_table(rows: Sequence[BlockSpectrum | int]) -> Table:
-    table = _table("Trace, largest eigenvalue, and what else is called rank")
-    _columns(
+    table = new_table("Trace, largest eigenvalue, and what else is called rank")
+    add_columns(
         table,
         "block",
         "trace",
@@ -194,13 +194,13 @@ def _top_table(spectrum: Spectrum, full: bool) -> Table:
     have = [block for block in spectrum.everything if block.top is not None]
     best = max(have, key=lambda b: abs(b.largest), default=None)
     if best is None or best.top is None:
-        table = _table("No eigenpairs were asked for (spectrum.top is 0)")
-        _columns(table, "block", "largest |node|")
+        table = new_table("No eigenpairs were asked for (spectrum.top is 0)")
+        add_columns(table, "block", "largest |node|")
         for block in spectrum.everything:
             table.add_row(_name(block), significant(block.ranks.largest))
         return table
-    table = _table(f"Top eigenvalues of {clean(best.name)}, with residuals |A v - lambda v|")
-    _columns(table, "number", "eigenvalue", "residual", "converged")
+    table = new_table(f"Top eigenvalues of {clean(best.name)}, with residuals |A v - lambda v|")
+    add_columns(table, "number", "eigenvalue", "residual", "converged")
     pairs = zip(best.top.values, best.top.residuals, best.top.converged, strict=True)
     for number, (value, residual, done) in enumerate(pairs, 1):
         if number > MOST_EIGENVALUES and not full:
@@ -212,8 +212,8 @@ def _top_table(spectrum: Spectrum, full: bool) -> Table:
 
 
 def _negative_table(rows: Sequence[BlockSpectrum | int]) -> Table:
-    table = _table("Negative curvature: eigenvalues of at most -eps, the smallest eps of each")
-    _columns(table, "block", "smallest\neigenvalue", "eps", "how many", "95 % interval")
+    table = new_table("Negative curvature: eigenvalues of at most -eps, the smallest eps of each")
+    add_columns(table, "block", "smallest\neigenvalue", "eps", "how many", "95 % interval")
     for row in rows:
         if isinstance(row, int):
             table.add_row(f"{row} more", *[""] * 4, style="dim")
@@ -242,20 +242,3 @@ def _shown(blocks: Sequence[BlockSpectrum], full: bool) -> list[BlockSpectrum | 
     if full or len(blocks) <= 2 * ENDS + 1:
         return list(blocks)
     return [*blocks[:ENDS], len(blocks) - 2 * ENDS, *blocks[-ENDS:]]
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-
-
-def _columns(table: Table, first: str, *others: str) -> None:
-    table.add_column(Text(first), overflow="fold", vertical="bottom")
-    for header in others:
-        table.add_column(Text(header, justify="right"), justify="right", no_wrap=True)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +31,7 @@ from hawqkit.report.comparison import (
     texts_of,
 )
 from hawqkit.report.spectral_tables import spectrum_tables
+from hawqkit.report.terminal import add_columns, new_table
 from hawqkit.report.wording import (
     DASH,
     ELLIPSIS,
@@ -117,8 +116,8 @@ def agreement_tables(allocation: Allocation | None, validation: Validation | Non
         found = agreements(rows, [text])
         if not found:
             continue
-        table = _table(f"Predicted and measured KL on {clean(text)}, nats")
-        _columns(
+        table = new_table(f"Predicted and measured KL on {clean(text)}, nats")
+        add_columns(
             table, "mix", "predicted", "with inter-\nactions", "measured", "measured /\npredicted"
         )
         for each in found:
@@ -163,12 +162,12 @@ def layers_table(
     tables: list[RenderableType] = []
     for start, stop in pairwise(bounds):
         formats = sensitivities.formats[start:stop]
-        table = _table(
+        table = new_table(
             f"Layers: KL predicted by score {clean(score.name)!r}, {power_label(power)}"
             + (f"; all under {prefix}" if prefix else "")
         )
         heads = ["layer", *(["format", "kept"] if allocation else [])]
-        _columns(table, *heads, *(f.replace("-", "\n") for f in formats))
+        add_columns(table, *heads, *(f.replace("-", "\n") for f in formats))
         room = max(width, WIDTH) - fixed_part - cell * len(formats)
         for index in _shown(len(sensitivities.layers), full):
             if index is None:
@@ -200,12 +199,12 @@ def sensitivities_table(
         (i for i, v in enumerate(losses) if v is not None), key=lambda i: -(losses[i] or 0.0)
     )
     power = scale_of_ten([v for v in losses if v is not None])
-    table = _table(
+    table = new_table(
         f"Most sensitive layers at {clean(sensitivities.formats[column])} "
         f"(KL in {power_label(power)})"
     )
     prefix = common_prefix([layer.name for layer in sensitivities.layers])
-    _columns(table, "layer", "predicted KL", "trace", "participation\nratio", "weights")
+    add_columns(table, "layer", "predicted KL", "trace", "participation\nratio", "weights")
     for index in order[:top]:
         layer = sensitivities.layers[index]
         table.add_row(
@@ -220,8 +219,8 @@ def sensitivities_table(
 
 def cost_table(costs: Mapping[str, Cost]) -> Table:
     """Return what each stage took, beside what `check` had predicted."""
-    table = _table("Cost (1 gradient-equivalent = one plain forward and backward pass)")
-    _columns(table, "stage", "time", "predicted", "gradient-eq.", "peak memory", "predicted")
+    table = new_table("Cost (1 gradient-equivalent = one plain forward and backward pass)")
+    add_columns(table, "stage", "time", "predicted", "gradient-eq.", "peak memory", "predicted")
     for stage, cost in costs.items():
         table.add_row(
             _name(stage),
@@ -241,11 +240,11 @@ def cost_table(costs: Mapping[str, Cost]) -> Table:
 
 def _sizes_tables(rows: list[Row]) -> list[Table]:
     """Return the sizes of each mix; more than two targets take tables of their own."""
-    table = _table("Result: sizes, and predicted KL in nats")
+    table = new_table("Result: sizes, and predicted KL in nats")
     targets = target_names(rows)
     first = targets if len(targets) <= 2 else []
     heads = [_target_head(target) for target in first]
-    _columns(table, "mix", "average\nbits", "bits per\nweight", *heads, "predicted KL")
+    add_columns(table, "mix", "average\nbits", "bits per\nweight", *heads, "predicted KL")
     for row in rows:
         p = row.prediction
         table.add_row(
@@ -259,8 +258,8 @@ def _sizes_tables(rows: list[Row]) -> list[Table]:
     tables = [table]
     for start in range(0, len(targets) if not first else 0, 4):
         some = targets[start : start + 4]
-        more = _table("Size of what each target writes")
-        _columns(more, "mix", *(_target_head(target) for target in some))
+        more = new_table("Size of what each target writes")
+        add_columns(more, "mix", *(_target_head(target) for target in some))
         for row in rows:
             sizes = (megabytes(row.totals.size.get(target)) for target in some)
             more.add_row(_name(row.name), *sizes, style="bold" if row.chosen else "")
@@ -273,8 +272,8 @@ def _target_head(target: str) -> str:
 
 
 def _text_table(rows: Sequence[Row], text: str) -> Table:
-    table = _table(f"Measured on {clean(text)}: KL to the original model in nats")
-    _columns(table, "mix", "measured KL", "minus chosen", "same top-1", "perplexity")
+    table = new_table(f"Measured on {clean(text)}: KL to the original model in nats")
+    add_columns(table, "mix", "measured KL", "minus chosen", "same top-1", "perplexity")
     for row in rows:
         m = row.measured.get(text)
         if m is None:
@@ -300,25 +299,6 @@ def _decision(
         Text(shorten(allocation.layers.get(name, DASH), 14)),
         percent(allocation.stability.get(name), 0),
     ]
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-
-
-def _columns(table: Table, first: str, *others: str) -> None:
-    """Add a column of names and columns of numbers, whose cells never break."""
-    table.add_column(Text(first), overflow="fold", vertical="bottom")
-    for header in others:
-        justify: Literal["left", "right"] = "left" if header == "format" else "right"
-        table.add_column(Text(header, justify=justify), justify=justify, no_wrap=True)
 
 
 def _shown(count: int, full: bool) -> list[int | None]:
