@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hawqkit.errors import InputError, StateMismatch
+from hawqkit.estimators.effective_ranks import power_law
 from hawqkit.models.model import LoadedModel, wrap_model
 from hawqkit.records import WHOLE_NETWORK, Spectrum
 from hawqkit.spectrum.blocks import BlockSettings, affordable_pairs
@@ -147,6 +148,24 @@ def test_a_rank_that_no_node_resolves_is_told_by_its_bounds() -> None:
     assert not whole.resolves(0)
     low, high = whole.ranks.counts[0].interval or (0.0, 0.0)
     assert low < 27 * 95 < whole.size == high  # 27 predictions among 96 tokens bound the rank
+    count = whole.ranks.counts[0]
+    assert count.value == (low + high) / 2  # never n ± 0, though every draw says n
+    assert abs(1.96 * count.stderr - (high - low) / 2) < 0.001 * (high - low)
+    share = whole.ranks.degeneracy[0]
+    assert share.value == pytest.approx(1 - count.value / whole.size)
+    assert share.stderr == pytest.approx(count.stderr / whole.size)
+
+
+def test_the_power_law_is_that_of_the_largest_known_eigenvalues() -> None:
+    each = BlockSettings(top=12, steps=16, draws=3)
+    found = measured(SpectrumSettings(layers=(), eps=EPS, each=each)).whole
+    assert found is not None
+    assert found.top is not None
+    assert found.power_law is not None
+    assert found.power_law == power_law(found.top.values)
+    few = measured(SpectrumSettings(layers=(), eps=EPS, each=EACH)).whole
+    assert few is not None
+    assert few.power_law is None  # three eigenvalues say nothing
 
 
 def test_one_draw_gives_no_error_bar_and_no_effective_ranks() -> None:

@@ -26,6 +26,7 @@ Array = NDArray[np.float64]
 # Kolmogorov's 5 % point, over sqrt(K); the test of Xie et al. 2022, section 2.
 KOLMOGOROV = 1.36
 FEWEST_EIGENVALUES = 10
+USUAL_EIGENVALUES = 1000  # K of Xie et al. 2022
 
 
 def ranks_of(
@@ -176,6 +177,24 @@ def _estimate(
         student_interval(value, stderr, spectrum.draws, confidence),
         confidence=confidence,
     )
+
+
+def power_law_of(spectrum: Density) -> PowerLaw | None:
+    """Return the law of a measured spectrum's largest known eigenvalues, at most 1,000 of them.
+
+    Nodes of the quadrature are no eigenvalues and don't enter. None where fewer than ten positive
+    eigenvalues above rounding are known, or they are all equal.
+
+    Args:
+        spectrum: of `deflated_density`.
+    """
+    x = np.sort(spectrum.known[spectrum.known > 0])[::-1]
+    if len(x):
+        x = x[x > len(x) * np.finfo(np.float64).eps * x[0]]  # what a dense solver makes of zeros
+    x = x[:USUAL_EIGENVALUES]
+    if len(x) < FEWEST_EIGENVALUES or x[0] == x[-1]:
+        return None
+    return power_law(x)
 
 
 def power_law(values: Sequence[float] | Array, K: int | None = None) -> PowerLaw:

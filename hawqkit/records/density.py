@@ -19,9 +19,17 @@ from hawqkit.records.quadrature import (
     gauss_rule,
     share_interval,
 )
-from hawqkit.records.spectral import Estimate, exact_estimate, student_interval
+from hawqkit.records.spectral import (
+    Estimate,
+    exact_estimate,
+    student_interval,
+    student_quantile,
+)
 
 Array = NDArray[np.float64]
+
+# In the note of a count that has bounds alone.
+UNRESOLVED = "unresolved: no node of the quadrature lies below the threshold; more steps narrow it"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,11 +297,12 @@ class Density:
         known = int(inside(self.known).sum())
         if not self.draws and surely == perhaps:
             return self._exact(float(known))
-        low, high, stderr, share = 0.0, 0.0, 0.0, 0.0
+        low, high, stderr, share, blind = 0.0, 0.0, 0.0, 0.0, False
         if self.draws:
             nodes, weights = self.nodes_and_weights()
             shares = (weights * inside(nodes)).sum(1)
             share = float(shares.mean())
+            blind = bool(inside(nodes)[weights > 0].all())
             theory = 2 * share * (1 - share) / (self.rest + 2)
             variance = float(shares.var(ddof=1)) if self.draws > 1 else max(0.0, theory)
             stderr = self.rest * math.sqrt(variance / self.draws)
@@ -301,15 +310,16 @@ class Density:
         low, high = surely + self.rest * low, perhaps + self.rest * high
         whole = math.ceil(low - 1e-9 * self.size), math.floor(high + 1e-9 * self.size)
         interval = (float(whole[0]), float(whole[1])) if whole[0] <= whole[1] else (low, high)
+        value, note = known + self.rest * share, self.note
+        half = (interval[1] - interval[0]) / 2
+        if blind and half > 0:
+            # All n, says every draw alike: not since it is so, but since none looked that near to
+            # zero. What is known is the bounds.
+            value, note = sum(interval) / 2, "; ".join(filter(None, (note, UNRESOLVED)))
+        if stderr == 0 and half > 0:
+            stderr = half / student_quantile((1 + confidence) / 2, 10**9)
         return Estimate(
-            known + self.rest * share,
-            stderr,
-            self.draws,
-            self.products,
-            self.method,
-            interval,
-            self.note,
-            confidence,
+            value, stderr, self.draws, self.products, self.method, interval, note, confidence
         )
 
     def _per_draw(self, grid: Array, width: float, scale: str) -> Array:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hawqkit.records.density import UNRESOLVED
 from hawqkit.records.measured import SCHEMA, DataFacts
-from hawqkit.records.spectral import Eigenvalues, Estimate, Ranks, RankStatistics
+from hawqkit.records.spectral import Eigenvalues, Estimate, PowerLaw, Ranks, RankStatistics
 
 WHOLE_NETWORK = "whole network"
 
@@ -27,6 +28,8 @@ class BlockSpectrum:
         smallest: the least eigenvalue in sight; the true one is at most that.
         products: matrix-vector products that were spent on all of it.
         notes: what a reader must know.
+        power_law: fitted to the largest eigenvalues that are known one by one, at most 1,000; None
+            where they are too few or do not fall.
     """
 
     name: str
@@ -39,6 +42,7 @@ class BlockSpectrum:
     smallest: float
     products: int
     notes: tuple[str, ...] = ()
+    power_law: PowerLaw | None = None
 
     @property
     def kind(self) -> str:
@@ -48,12 +52,10 @@ class BlockSpectrum:
     def resolves(self, column: int) -> bool:
         """Say whether the rank at a threshold is known, and not only bounded.
 
-        A quadrature none of whose nodes lies below eps puts all n eigenvalues above it; where they
-        are, it cannot tell.
+        A quadrature none of whose nodes lies below eps cannot tell where the eigenvalues near zero
+        are; the estimate is then the middle of its bounds.
         """
-        count = self.ranks.counts[column]
-        exact = count.interval is not None and count.interval[0] == count.interval[1]
-        return exact or count.value < self.size - 0.5
+        return UNRESOLVED not in self.ranks.counts[column].note
 
     @property
     def largest(self) -> float:

@@ -16,6 +16,7 @@ from hawqkit.report.spectral_tables import (
     eigenvalue_text,
     estimate_text,
     interval_text,
+    power_law_cells,
     thresholds,
 )
 from hawqkit.report.wording import DASH, significant, with_error
@@ -34,6 +35,7 @@ class Cells:
         negative: (smallest eigenvalue, count, interval) for a Hessian.
         eigenvalues: (value, residual, converged).
         notes: of the block.
+        power_law: K, exponent, distance, threshold, verdict.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Cells:
     negative: tuple[str, str, str]
     eigenvalues: tuple[tuple[str, str, str], ...]
     notes: tuple[str, ...]
+    power_law: tuple[str, ...]
 
 
 def spectrum_view(spectrum: Spectrum) -> dict[str, Any]:
@@ -105,6 +108,7 @@ def _cells(block: BlockSpectrum) -> Cells:
             for value, residual, done in pairs
         ),
         notes=block.notes,
+        power_law=tuple(power_law_cells(block)),
     )
 
 

@@ -42,6 +42,8 @@ def spectrum_tables(spectrum: Spectrum, *, full: bool = False) -> list[Renderabl
     parts += [_rank_table(spectrum, rows, column) for column in range(len(thresholds(spectrum)))]
     parts.append(_statistics_table(rows))
     parts.append(_top_table(spectrum, full))
+    if any(block.power_law is not None for block in spectrum.everything):
+        parts.append(_power_law_table(rows))
     if spectrum.kind == "hessian":
         parts.append(_negative_table(rows))
     if any(u > a for b in spectrum.everything for u, a in _lifted(b)):
@@ -208,6 +210,31 @@ def _top_table(spectrum: Spectrum, full: bool) -> Table:
         table.add_row(
             str(number), significant(value, 6), f"{residual:.1e}", "yes" if done else "no"
         )
+    return table
+
+
+def power_law_cells(block: BlockSpectrum) -> list[str]:
+    """Return K, exponent with its error, distance, threshold and the verdict on the power law."""
+    law = block.power_law
+    if law is None:
+        return [DASH] * 5
+    return [
+        f"{law.K:,}",
+        with_error(law.exponent, law.stderr),
+        significant(law.distance, 2),
+        significant(law.threshold, 2),
+        "not refused" if law.accepted else "refused",
+    ]
+
+
+def _power_law_table(rows: Sequence[BlockSpectrum | int]) -> Table:
+    table = new_table("Power law lambda_k = lambda_1 k^-s of the K largest known eigenvalues")
+    add_columns(table, "block", "K", "exponent s", "KS distance", "threshold", "verdict")
+    for row in rows:
+        if isinstance(row, int):
+            table.add_row(f"{row} more", *[""] * 5, style="dim")
+            continue
+        table.add_row(_name(row), *power_law_cells(row))
     return table
 
 

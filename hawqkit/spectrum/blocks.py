@@ -17,7 +17,7 @@ import torch
 from hawqkit.curvature.operator import MatrixOperator, SymmetricOperator
 from hawqkit.errors import InputError, StateMismatch
 from hawqkit.estimators.densities import density
-from hawqkit.estimators.effective_ranks import ranks_of, statistics_of
+from hawqkit.estimators.effective_ranks import power_law_of, ranks_of, statistics_of
 from hawqkit.estimators.eigenpair_files import read_eigenpairs, save_eigenpairs
 from hawqkit.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from hawqkit.estimators.noise import noise_floor
@@ -157,6 +157,7 @@ def summarize_block(
         smallest=float(seen.min()),
         products=measured.products,
         notes=tuple(dict.fromkeys(notes)),
+        power_law=power_law_of(spectrum),
     )
 
 
