@@ -9,7 +9,7 @@ import curvature_oracles as oracles
 import pytest
 import torch
 from curvature_oracles import Case, relative
-from torch import Tensor
+from torch import Tensor, nn
 
 from hawqkit.curvature.fisher import empirical_fisher, fisher
 from hawqkit.curvature.gauss_newton import gauss_newton
@@ -88,6 +88,36 @@ def test_differences_in_float32_on_smooth_networks(name: str, kind: str) -> None
     op = make(case.model, cross_entropy(), case.batches, products="difference")
     V = vectors(op.size, 2)
     assert relative(op.matmat(V), dense(name, kind) @ V) <= 1e-2
+
+
+class Waves(nn.Module):
+    """Smooth, with derivatives that grow by a factor of 12 from each to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(12 * x @ self.weight)
+
+
+def test_differences_go_to_shorter_steps_where_the_first_is_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    data = [(x[:3], torch.zeros(3, 4)), (x[3:], torch.ones(2, 4))]
+    exact = hessian(Waves().eval().double(), squared_error(), in_float64(data)).dense()
+    op = hessian(Waves().eval(), squared_error(), data, products="difference")
+    V = vectors(12, 3)
+    assert relative(op.matmat(V.float()).double(), exact @ V) <= 1e-2
+    monkeypatch.setattr("hawqkit.curvature.products.difference.SHORTER", (1.0,))
+    op = hessian(Waves().eval(), squared_error(), data, products="difference")
+    with pytest.raises(NumericalError, match="more than 1%"):
+        op.matmat(V.float())
+
+
+def in_float64(data: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    return [(x.double(), y.double()) for x, y in data]
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton"])

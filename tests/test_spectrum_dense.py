@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hawqkit.curvature.products.autograd import gradient_graph
 from hawqkit.errors import InputError, StateMismatch
 from hawqkit.estimators.effective_ranks import power_law
 from hawqkit.models.model import LoadedModel, wrap_model
@@ -119,6 +120,24 @@ def test_the_whole_networks_intervals_hold_its_dense_spectrum() -> None:
         assert count.covers(float((truth >= eps).sum()))
     assert whole.statistics is not None
     assert abs(whole.statistics.trace.value - truth.sum()) < 5 * whole.statistics.trace.stderr
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_all_hessians_of_a_single_batch_differentiate_one_graph(
+    monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    made = []
+
+    def counted(*arguments: object) -> object:
+        made.append(arguments)
+        return gradient_graph(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("hawqkit.curvature.products.autograd.gradient_graph", counted)
+    each = BlockSettings(top=1, steps=3, draws=2)
+    names = ("transformer.h.0.attn.*", "transformer.h.0.mlp.*")
+    found = measured(SpectrumSettings("hessian", names, whole, eps=EPS, each=each))
+    assert len(found.everything) == 4 + whole
+    assert len(made) == 1
 
 
 def test_top_n_takes_the_layers_of_largest_trace_in_the_models_order() -> None:

@@ -29,10 +29,9 @@ def hessian(
 ) -> ModelOperator:
     """Return the Hessian of the mean loss as an operator, `H_ij = d^2 L / dw_i dw_j`.
 
-    Products: `autograd`, double backward; `forward`, forward over reverse mode, with less memory
-        where
-    every operator has a forward derivative; `difference`, finite differences of gradients, for
-    smooth models of which only first-order training fits. `auto` takes the first of these that
+    Products: `autograd`, double backward; `forward`, forward over reverse mode, with less memory,
+    where every operator has a forward derivative; `difference`, finite differences of gradients,
+    for smooth models of which only first-order training fits. `auto` takes the first of these that
     works, and `backend` and `backend_reason` tell which and why.
 
     Args:

@@ -138,6 +138,18 @@ class ModelOperator(SymmetricOperator):
 
     def _matmat(self, V: Tensor) -> Tensor:
         refuse_training_mode(self._problem.module)
+        while True:
+            means, noise = self._means(V)
+            backend = self._chosen()
+            try:
+                return backend.finish(self._problem, means, V, noise)
+            except NumericalError:
+                # All processes have the same means, so all of them come to the same end.
+                if not backend.again():
+                    raise
+
+    def _means(self, V: Tensor) -> tuple[Tensor, float]:
+        """Return products over all data and processes (r, n, k), and what their rounding is."""
         settling = self._backend is None
         totals, scalars, unused = self._local(V)
         me = processes()
@@ -155,8 +167,7 @@ class ModelOperator(SymmetricOperator):
                 "not defined; check the labels."
             )
         self._independent = frozenset(unused or ())
-        noise = float(scalars[2]) / count
-        return self._chosen().finish(self._problem, totals.div_(count), V, noise)
+        return totals.div_(count), float(scalars[2]) / count
 
     def _local(self, V: Tensor) -> tuple[Tensor, Tensor, set[str] | None]:
         """Return this process's sums: products (r, n, k), scalars, parameters without use."""

@@ -15,8 +15,9 @@ from torch import nn
 from hawqkit.curvature.gauss_newton import gauss_newton
 from hawqkit.curvature.hessian import hessian
 from hawqkit.curvature.layer_traces import layer_traces
-from hawqkit.curvature.layers import check_kind, choose_layers, layer_operators
+from hawqkit.curvature.layers import check_kind, choose_layers
 from hawqkit.curvature.objective import Objective, cross_entropy
+from hawqkit.curvature.of_model import ModelOperator
 from hawqkit.curvature.operator import SymmetricOperator
 from hawqkit.distributed import gather, processes
 from hawqkit.errors import InputError
@@ -208,25 +209,37 @@ class _Run:
         return tuple(name for name in self.candidates if name in best)
 
     def operators(self, chosen: tuple[str, ...]) -> dict[str, SymmetricOperator]:
-        """Return the operators that are measured: layers first, since they are quick."""
-        found: dict[str, SymmetricOperator] = {}
-        kind = self.settings.kind
-        if chosen:
-            found |= layer_operators(
+        """Return the operators that are measured: layers first, since they are quick.
+
+        Every product of a layer's Hessian differentiates one kept graph, that of the whole network
+        too, where each process has a single batch: its graph is made for a product anyhow, and
+        keeping it does not raise the peak of memory. Several graphs might not fit together.
+        """
+        groups = choose_layers(self.model, chosen) if chosen else {}
+        names = [name for group in groups.values() for name in group]
+        parameters = None if self.settings.whole else names
+        whole: ModelOperator
+        if self.settings.kind == "hessian":
+            whole = hessian(
                 self.model,
                 self.objective,
                 self.batches,
-                layers=chosen,
-                kind=kind,
-                keep_graphs=False,
+                parameters=parameters,
+                keep_graphs=sum(1 for _ in self.batches) <= processes().count,
                 memory_bytes=PRODUCT_BYTES,
             )
-        if self.settings.whole:
-            make = hessian if kind == "hessian" else gauss_newton
-            found[WHOLE_NETWORK] = make(
-                self.model, self.objective, self.batches, memory_bytes=PRODUCT_BYTES
+        else:
+            whole = gauss_newton(
+                self.model,
+                self.objective,
+                self.batches,
+                parameters=parameters,
+                memory_bytes=PRODUCT_BYTES,
             )
-        return found
+        found: dict[str, SymmetricOperator] = {
+            name: whole.block(*group) for name, group in groups.items()
+        }
+        return {**found, WHOLE_NETWORK: whole} if self.settings.whole else found
 
     def measure(self, name: str, operator: SymmetricOperator) -> MeasuredBlock:
         """Measure a block, or take it from the journal."""

@@ -135,6 +135,10 @@ class Backend(abc.ABC):
         """Return products (n, k) from means over the data: (r, n, k), and of `scale`."""
         return means[0]
 
+    def again(self) -> bool:
+        """After `finish` refused: whether the product is to be made once more, in another way."""
+        return False
+
 
 def parts(V: Tensor, size: int) -> Iterator[Tensor]:
     """Yield V (n, k) a few columns at a time."""
