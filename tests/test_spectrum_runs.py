@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import command_line
 import pico
 import pytest
 from command_line import RECIPE, contents, invoke, refuse, succeed
@@ -103,6 +108,37 @@ def test_a_spectrum_killed_between_blocks_ends_with_the_same_bytes(
     assert len(list((here / "run/spectrum").glob("batch-*"))) == entries
     succeed(*SPECTRUM)
     assert records(here / "run") == records(made / "run")
+
+
+def test_a_spectrum_killed_five_times_at_random_ends_with_the_same_bytes(
+    made: Path, here: Path
+) -> None:
+    """Killed by the system, without a last word, when a random number of files has been kept."""
+    count = sum(path.is_file() for path in (made / "run/spectrum").rglob("*"))
+    generator = random.Random(5)
+    moments = sorted(generator.sample(range(count), 5))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["command_line", "hawqkit.pipeline.spectral", "transformers.models.llama.modeling_llama"]
+    )
+    journal, ends, left = here / "run/spectrum", [], []
+    for kept in moments:
+        process = context.Process(
+            target=command_line.run_silently, args=(str(here), *SPECTRUM), daemon=True
+        )
+        process.start()
+        while process.is_alive() and sum(p.is_file() for p in journal.rglob("*")) < kept:
+            time.sleep(0.001)
+        time.sleep(generator.random() * 0.05)
+        process.kill()
+        process.join()
+        ends.append(process.exitcode)
+        left.append(sum(p.is_file() for p in journal.rglob("*")))
+    told = f"kept files at the kill: {moments} of {count}; exit codes {ends}; afterwards {left}"
+    assert ends == [-signal.SIGKILL] * 5, told
+    assert not (here / "run/spectrum.json").exists(), told
+    succeed(*SPECTRUM)
+    assert records(here / "run") == records(made / "run"), told
 
 
 def test_a_finished_spectrum_is_taken_and_its_folder_is_a_run(made: Path) -> None:
