@@ -67,12 +67,14 @@ class Parameters:
         return pieces
 
     def join(self, pieces: Sequence[Tensor | None], vectors: int) -> Tensor:
-        """Put (k, *shape) tensors into (n, k); None stands for zeros."""
-        joined = torch.zeros(self.size, vectors, dtype=self.dtype, device=self.device)
+        """Put (k, *shape) tensors into (n, k), whose columns are contiguous; None is zeros."""
+        rows = torch.empty(vectors, self.size, dtype=self.dtype, device=self.device)
         for place, piece in zip(self.blocks.values(), pieces, strict=True):
-            if piece is not None:
-                joined[place] = piece.detach().reshape(vectors, -1).T.to(self.dtype)
-        return joined
+            if piece is None:
+                rows[:, place] = 0
+            else:
+                rows[:, place] = piece.detach().reshape(vectors, -1)
+        return rows.T
 
     def named(self, v: Tensor) -> dict[str, Tensor]:
         """Return a flat vector (n,) as name -> tensor of the parameter's shape, in v's dtype."""

@@ -199,6 +199,8 @@ def multiply(
     else:
         looped = ""
     rows = [_single(heads, inputs, [s[j] for s in seeds]) for j in range(count)]
+    if count == 1:  # a view: stacking would copy what is as large as the model
+        return [None if c is None else c[None] for c in rows[0]], looped
     products = [
         None if column[0] is None else torch.stack([c for c in column if c is not None])
         for column in zip(*rows, strict=True)

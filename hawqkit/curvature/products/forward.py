@@ -143,4 +143,6 @@ def _over_vectors(
     for j in range(count):
         made, facts = product({name: piece[j] for name, piece in tangents.items()})
         rows.append(made)
+    if count == 1:  # a view: stacking would copy what is as large as the model
+        return {name: value[None] for name, value in rows[0].items()}, facts, looped
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, facts, looped
