@@ -24,8 +24,12 @@ from hawqkit.pipeline.progress import speaker, track
 from hawqkit.recipe import Recipe, SpectrumSection
 from hawqkit.records import Cost, Spectrum
 from hawqkit.spectrum.blocks import BlockSettings
-from hawqkit.spectrum.measuring import SpectrumSettings, measure_spectrum
+from hawqkit.spectrum.measuring import SpectrumSettings, batches_of, measure_spectrum
 from hawqkit.store import write_text_atomic
+
+# What a product with the matrix over all weights takes, in gradients: SmolLM2 on two CPU cores, by
+# benchmarks/hessian_products.py. A layer's takes less, so the sum is an upper bound.
+PASSES = {"hessian": 3.4, "gauss-newton": 2.6}
 
 
 def run_spectrum(recipe: Recipe, folder: str | Path) -> None:
@@ -88,7 +92,8 @@ def measure(
         f"{found.kind} matrix with a vector"
     )
     if _entries(run) != kept:  # else the journal had it all, and the cost of before stands
-        ledger.note("spectrum", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
+        passes = products * PASSES[found.kind] * sum(1 for _ in batches_of(text))
+        ledger.note("spectrum", Cost(meter.seconds, passes, meter.peak_bytes))
     return found
 
 

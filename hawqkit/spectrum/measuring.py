@@ -177,7 +177,7 @@ class _Run:
             "layers": fingerprint({"names": list(self.known)}),
             **asdict(settings.each),
         }
-        self.batches = _batches(batches)
+        self.batches = batches_of(batches)
         self.traces: dict[str, Estimate] = {}
         self.folder = Path(folder) if folder is not None else None
         main = processes().is_main
@@ -293,7 +293,7 @@ def block_folder(name: str, known: Sequence[str]) -> str:
     return "whole" if name == WHOLE_NETWORK else f"layer-{known.index(name):04d}"
 
 
-def _batches(batches: Iterable[Any] | Sequences) -> Iterable[Any]:
+def batches_of(batches: Iterable[Any] | Sequences) -> Iterable[Any]:
     """Return batches of several sequences, but one at least for each process."""
     if not isinstance(batches, Sequences):
         return batches
