@@ -279,3 +279,13 @@ def test_a_plain_network_with_pairs_has_its_layers_spectra() -> None:
         off = np.abs(pairs[block.name].values - block.top.values)
         assert (off <= pairs[block.name].residuals).all()
         assert densities[block.name].size == block.size
+
+
+def test_a_long_measurement_tells_how_many_products_it_made(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("hawqkit.spectrum.watching.EVERY", 0.0)
+    caplog.set_level("INFO", logger="hawqkit")
+    whole = measured(SpectrumSettings(layers=(), eps=EPS, each=BlockSettings(0, 4, 2))).whole
+    assert whole is not None
+    assert f"spectrum of whole network: {whole.products} products in" in caplog.messages[-1]

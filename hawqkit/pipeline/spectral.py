@@ -20,7 +20,7 @@ from hawqkit.pipeline.inputs import (
     load_spectrum_text,
     settle,
 )
-from hawqkit.pipeline.progress import speaker, track
+from hawqkit.pipeline.progress import notices, speaker, track
 from hawqkit.recipe import Recipe, SpectrumSection
 from hawqkit.records import Cost, Spectrum
 from hawqkit.spectrum.blocks import BlockSettings
@@ -76,7 +76,7 @@ def measure(
 ) -> Spectrum | None:
     """Measure, or go on, and write the record; None in processes other than the main one."""
     kept = _entries(run)
-    with Meter(str(model.device)) as meter:
+    with notices(), Meter(str(model.device)) as meter:
         found = measure_spectrum(
             model, text, settings_of(section), folder=run.spectrum_journal, track=track
         )

@@ -37,6 +37,7 @@ from hawqkit.spectrum.blocks import (
 )
 from hawqkit.spectrum.identity import batches_identity, model_identity
 from hawqkit.spectrum.serving import served
+from hawqkit.spectrum.watching import WatchedOperator
 from hawqkit.store import fingerprint
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -117,7 +118,7 @@ def measure_spectrum(
     measured: dict[str, MeasuredBlock] = {}
     with served(run.operators(chosen)) as operators:
         for name in (track or _untracked)(operators, "spectrum", len(operators)):
-            measured[name] = run.measure(name, operators[name])
+            measured[name] = run.measure(name, WatchedOperator(name, operators[name]))
     return run.record(measured) if processes().is_main else None
 
 
