@@ -66,8 +66,16 @@ def noise_floor(source: Source, *, trials: int = 2, seed: int = 0) -> float:
             scale_rows(v, 1 / norms(v))
         # The vectors are first rounded to the operator's dtype, as it would round them.
         a, b = (x.to(operator.dtype).to(dtype) for x in (u, v))
-        Aa, Ab, Ac = (multiply(operator, x) for x in (a, b, (a + b) / 2**0.5))
+        del v
+        # In place, and each vector is dropped as soon as it has served: they are as large as the
+        # model, and an operator holds several of its own during a product.
+        defect = multiply(operator, a)
+        length = float(norms(defect)[0])
+        defect += multiply(operator, b)
+        defect *= 2**-0.5
+        b += a
+        b *= 2**-0.5
+        defect -= multiply(operator, b)
         eps = float(torch.finfo(operator.dtype).eps)
-        defect = norms(Ac - (Aa + Ab) / 2**0.5)
-        floor = max(floor, float(defect[0]), eps * float(norms(Aa)[0]))
+        floor = max(floor, float(norms(defect)[0]), eps * length)
     return floor

@@ -92,7 +92,7 @@ def measure(
         f"{found.kind} matrix with a vector"
     )
     if _entries(run) != kept:  # else the journal had it all, and the cost of before stands
-        passes = products * PASSES[found.kind] * sum(1 for _ in batches_of(text))
+        passes = products * PASSES[found.kind] * sum(1 for _ in batches_of(text, found.kind))
         ledger.note("spectrum", Cost(meter.seconds, passes, meter.peak_bytes))
     return found
 

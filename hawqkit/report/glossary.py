@@ -50,6 +50,23 @@ Participation ratio: Over how many directions a layer's curvature is spread: tr(
 layer of low ratio and high trace is a risky bet, because an error may hit a steep direction or
 miss it.
 
+Spectrum, eigenvalue: The curvature of the loss along its principal directions, the eigenvectors;
+λ_max is the steepest. A step of length t along an eigenvector changes the loss by ½ λ t².
+
+Gauss-Newton matrix: The part of the Hessian (second derivatives of the loss) that stays when the
+outputs are taken as linear in the weights. For a softmax it is the Fisher matrix, and half its
+quadratic form is the KL divergence to second order; it has no negative eigenvalues.
+
+Numerical rank, degeneracy: How many eigenvalues are eps or more in magnitude, and the share of
+all n that are not: directions in which the loss is flat as far as eps can tell.
+
+Effective ranks: Stable rank |A|²_F / λ²_1, tr / λ_1, participation ratio tr² / |A|²_F, entropy
+rank: each answers in its own way over how many directions the curvature is spread. They can
+differ by a factor of 100 on one spectrum.
+
+Noise floor: The eigenvalue that rounding alone can feign in this model's products. What lies below
+it cannot be told from zero.
+
 Frontier, proven bound: The least predicted loss at every size. The bound is proven: no mix of
 these formats has a smaller sum of scores at that size.
 

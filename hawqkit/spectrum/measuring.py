@@ -48,8 +48,9 @@ WHOLE = 1
 FIRST_LAYER = 2
 # Traces that only decide which layers are looked at need not be exact.
 TRACE_ERROR, TRACE_PROBES = 0.1, 64
-# A batch of about this many tokens runs at full speed on a CPU.
-BATCH_TOKENS = 512
+# Tokens of a batch: enough to run near full speed on a CPU, few enough that a graph of second
+# derivatives stays below 4 GiB for a model of 135 million weights.
+BATCH_TOKENS = {"gauss-newton": 512, "hessian": 256}
 # Products of several vectors are cut into chunks that fit. A constant, since the rounding of a
 # product depends on the chunks, and a resumed run must give the same bits.
 PRODUCT_BYTES = 2 << 30
@@ -178,7 +179,7 @@ class _Run:
             "layers": fingerprint({"names": list(self.known)}),
             **asdict(settings.each),
         }
-        self.batches = batches_of(batches)
+        self.batches = batches_of(batches, settings.kind)
         self.traces: dict[str, Estimate] = {}
         self.folder = Path(folder) if folder is not None else None
         main = processes().is_main
@@ -294,13 +295,13 @@ def block_folder(name: str, known: Sequence[str]) -> str:
     return "whole" if name == WHOLE_NETWORK else f"layer-{known.index(name):04d}"
 
 
-def batches_of(batches: Iterable[Any] | Sequences) -> Iterable[Any]:
+def batches_of(batches: Iterable[Any] | Sequences, kind: str) -> Iterable[Any]:
     """Return batches of several sequences, but one at least for each process."""
     if not isinstance(batches, Sequences):
         return batches
     chosen = [row for row, held in enumerate(batches.withheld.tolist()) if not held]
     share = -(-len(chosen) // processes().count)
-    size = max(1, min(share, BATCH_TOKENS // batches.tokens.shape[1]))
+    size = max(1, min(share, BATCH_TOKENS[kind] // batches.tokens.shape[1]))
     return [batches.micro_batch(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 
