@@ -43,11 +43,19 @@ def speaker() -> Console:
     return Console(quiet=not is_main(), highlight=False, soft_wrap=True)
 
 
+class _AboveBar(logging.Handler):
+    """Writes lines above a bar that may be there, instead of behind it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line on stderr."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def notices() -> Iterator[None]:
     """Show on stderr, in the main process, what the rooms below log at level INFO."""
     logger = logging.getLogger("hawqkit")
-    level, handler = logger.level, logging.StreamHandler(sys.stderr)
+    level, handler = logger.level, _AboveBar()
     if is_main():
         logger.addHandler(handler)
         logger.setLevel(min(level or logging.INFO, logging.INFO))

@@ -123,6 +123,47 @@ def measure_spectrum(
     return run.record(measured) if processes().is_main else None
 
 
+def operators_of(
+    model: nn.Module | LoadedModel,
+    batches: Iterable[Any] | Sequences,
+    settings: SpectrumSettings,
+    objective: Objective,
+    chosen: tuple[str, ...],
+) -> dict[str, SymmetricOperator]:
+    """Return the operators that are measured: layers first, since they are quick.
+
+    Every product of a layer's Hessian differentiates one kept graph, that of the whole network too,
+    where each process has a single batch: its graph is made for a product anyhow, and keeping it
+    does not raise the peak of memory. Several graphs might not fit together.
+
+    Args:
+        model: a network in eval mode.
+        batches: as for `measure_spectrum`.
+        settings: which matrix, and whether the whole network's too.
+        objective: the loss.
+        chosen: names of layers.
+    """
+    batches = batches_of(batches, settings.kind)
+    groups = choose_layers(model, chosen) if chosen else {}
+    parameters = None if settings.whole else [n for group in groups.values() for n in group]
+    whole: ModelOperator
+    if settings.kind == "hessian":
+        whole = hessian(
+            model,
+            objective,
+            batches,
+            parameters=parameters,
+            keep_graphs=sum(1 for _ in batches) <= processes().count,
+            memory_bytes=PRODUCT_BYTES,
+        )
+    else:
+        whole = gauss_newton(
+            model, objective, batches, parameters=parameters, memory_bytes=PRODUCT_BYTES
+        )
+    found: dict[str, SymmetricOperator] = {n: whole.block(*group) for n, group in groups.items()}
+    return {**found, WHOLE_NETWORK: whole} if settings.whole else found
+
+
 def resolve_layers(
     model: nn.Module | LoadedModel, layers: str | Sequence[str]
 ) -> tuple[tuple[str, ...], int | None]:
@@ -211,37 +252,8 @@ class _Run:
         return tuple(name for name in self.candidates if name in best)
 
     def operators(self, chosen: tuple[str, ...]) -> dict[str, SymmetricOperator]:
-        """Return the operators that are measured: layers first, since they are quick.
-
-        Every product of a layer's Hessian differentiates one kept graph, that of the whole network
-        too, where each process has a single batch: its graph is made for a product anyhow, and
-        keeping it does not raise the peak of memory. Several graphs might not fit together.
-        """
-        groups = choose_layers(self.model, chosen) if chosen else {}
-        names = [name for group in groups.values() for name in group]
-        parameters = None if self.settings.whole else names
-        whole: ModelOperator
-        if self.settings.kind == "hessian":
-            whole = hessian(
-                self.model,
-                self.objective,
-                self.batches,
-                parameters=parameters,
-                keep_graphs=sum(1 for _ in self.batches) <= processes().count,
-                memory_bytes=PRODUCT_BYTES,
-            )
-        else:
-            whole = gauss_newton(
-                self.model,
-                self.objective,
-                self.batches,
-                parameters=parameters,
-                memory_bytes=PRODUCT_BYTES,
-            )
-        found: dict[str, SymmetricOperator] = {
-            name: whole.block(*group) for name, group in groups.items()
-        }
-        return {**found, WHOLE_NETWORK: whole} if self.settings.whole else found
+        """Return the operators that are measured."""
+        return operators_of(self.model, self.batches, self.settings, self.objective, chosen)
 
     def measure(self, name: str, operator: SymmetricOperator) -> MeasuredBlock:
         """Measure a block, or take it from the journal."""
