@@ -28,8 +28,11 @@ from hawqkit.records.spectral import (
 
 Array = NDArray[np.float64]
 
-# In the note of a count that has bounds alone.
-UNRESOLVED = "unresolved: no node of the quadrature lies below the threshold; more steps narrow it"
+# Share of n that the bounds of a count may leave open. Steps too few to tell small eigenvalues from
+# zero lump them into one node: draws then agree on a count that none of them has seen.
+OPEN_SHARE = 0.1
+# In the note of a count with wider ones.
+UNRESOLVED = "unresolved: its bounds leave more than a tenth of the spectrum open; more steps help"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -315,9 +318,12 @@ class Density:
         if blind and half > 0:
             # All n, says every draw alike: not since it is so, but since none looked that near to
             # zero. What is known is the bounds.
-            value, note = sum(interval) / 2, "; ".join(filter(None, (note, UNRESOLVED)))
-        if stderr == 0 and half > 0:
-            stderr = half / student_quantile((1 + confidence) / 2, 10**9)
+            value = sum(interval) / 2
+        wide = 2 * half > OPEN_SHARE * self.size
+        if wide:
+            note = "; ".join(filter(None, (note, UNRESOLVED)))
+        if wide or stderr == 0:
+            stderr = max(stderr, half / student_quantile((1 + confidence) / 2, 10**9))
         return Estimate(
             value, stderr, self.draws, self.products, self.method, interval, note, confidence
         )

@@ -52,8 +52,8 @@ class BlockSpectrum:
     def resolves(self, column: int) -> bool:
         """Say whether the rank at a threshold is known, and not only bounded.
 
-        A quadrature none of whose nodes lies below eps cannot tell where the eigenvalues near zero
-        are; the estimate is then the middle of its bounds.
+        A quadrature of few steps cannot tell where the eigenvalues near zero are: its bounds then
+        leave more than a tenth of them open, and the standard error is that of the bounds.
         """
         return UNRESOLVED not in self.ranks.counts[column].note
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hawqkit.records import BlockSpectrum, Estimate, RankStatistics, Spectrum
+from hawqkit.records.density import UNRESOLVED
 from hawqkit.report.terminal import add_columns, new_table
 from hawqkit.report.wording import (
     DASH,
@@ -70,20 +71,19 @@ def thresholds(spectrum: Spectrum) -> tuple[float, ...]:
 
 def count_text(block: BlockSpectrum, column: int) -> str:
     """Return the rank at a threshold: exact, with its standard error, or not known but bounded."""
-    count = block.ranks.counts[column]
-    if not block.resolves(column):
-        return "unresolved"
-    return estimate_text(count)
+    return estimate_text(block.ranks.counts[column])
 
 
 def estimate_text(count: Estimate) -> str:
-    """Return a count, with its standard error where it was sampled.
+    """Return a count, with its standard error where it was sampled, or that it is not known.
 
     >>> estimate_text(Estimate(7.0, 0.0, 0, 9, "dense", (7.0, 7.0)))
     '7'
     >>> estimate_text(Estimate(7.1, 0.2, 3, 9, "lanczos quadrature", (7.0, 8.0)))
     '7.10 ± 0.20'
     """
+    if UNRESOLVED in count.note:
+        return "unresolved"
     exact = count.samples == 0 or count.stderr < 0.005
     return f"{count.count:,}" if exact else with_error(count.value, count.stderr)
 

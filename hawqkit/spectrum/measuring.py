@@ -337,8 +337,8 @@ def _warnings(blocks: Mapping[str, Any]) -> tuple[str, ...]:
     found = []
     if blind:
         found.append(
-            f"in {blind} of {len(blocks)} spectra no node of the quadrature lies below the "
-            "smallest eps: there the rank is known by its bounds alone; more steps narrow them"
+            f"in {blind} of {len(blocks)} spectra the bounds of the rank at some eps leave more "
+            "than a tenth of the eigenvalues open: more steps narrow them"
         )
     if lifted:
         found.append(
