@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Density,
         Estimate,
         Frontier,
+        Landscape,
         Layer,
         Provenance,
         Sensitivities,
@@ -36,7 +37,13 @@ if TYPE_CHECKING:
         Validation,
     )
     from hawqkit.report.html import write_report
+    from hawqkit.report.landscape_figures import draw_landscape
     from hawqkit.sensitivity.probing import probe
+    from hawqkit.spectrum.class_structure import class_decomposition
+    from hawqkit.spectrum.deep_linear import deep_linear_ranks, measure_deep_linear_ranks
+    from hawqkit.spectrum.gradient_share import gradient_share, gradient_shares
+    from hawqkit.spectrum.landscape import loss_landscape
+    from hawqkit.spectrum.outliers import outliers
     from hawqkit.spectrum.per_layer import layer_densities, layer_ranks, layer_top_eigenpairs
 
 __version__ = "0.1.0"
@@ -50,6 +57,7 @@ _HOMES = {
     "Frontier": "hawqkit.records",
     "HawqkitError": "hawqkit.errors",
     "InputError": "hawqkit.errors",
+    "Landscape": "hawqkit.records",
     "Layer": "hawqkit.records",
     "Objective": "hawqkit.curvature.objective",
     "Provenance": "hawqkit.records",
@@ -57,12 +65,17 @@ _HOMES = {
     "Spectrum": "hawqkit.records",
     "Validation": "hawqkit.records",
     "allocate": "hawqkit.pipeline.surface",
+    "class_decomposition": "hawqkit.spectrum.class_structure",
     "cross_entropy": "hawqkit.curvature.objective",
+    "deep_linear_ranks": "hawqkit.spectrum.deep_linear",
     "density": "hawqkit.estimators.densities",
+    "draw_landscape": "hawqkit.report.landscape_figures",
     "empirical_fisher": "hawqkit.curvature.fisher",
     "export": "hawqkit.pipeline.surface",
     "fisher": "hawqkit.curvature.fisher",
     "gauss_newton": "hawqkit.curvature.gauss_newton",
+    "gradient_share": "hawqkit.spectrum.gradient_share",
+    "gradient_shares": "hawqkit.spectrum.gradient_share",
     "hessian": "hawqkit.curvature.hessian",
     "layer_densities": "hawqkit.spectrum.per_layer",
     "layer_ranks": "hawqkit.spectrum.per_layer",
@@ -70,6 +83,9 @@ _HOMES = {
     "layer_traces": "hawqkit.curvature.layer_traces",
     "load_batches": "hawqkit.models.batches",
     "load_model": "hawqkit.models.loading",
+    "loss_landscape": "hawqkit.spectrum.landscape",
+    "measure_deep_linear_ranks": "hawqkit.spectrum.deep_linear",
+    "outliers": "hawqkit.spectrum.outliers",
     "probe": "hawqkit.sensitivity.probing",
     "rank": "hawqkit.estimators.ranks",
     "squared_error": "hawqkit.curvature.objective",
@@ -88,6 +104,7 @@ __all__ = [
     "Frontier",
     "HawqkitError",
     "InputError",
+    "Landscape",
     "Layer",
     "Objective",
     "Provenance",
@@ -96,12 +113,17 @@ __all__ = [
     "Validation",
     "__version__",
     "allocate",
+    "class_decomposition",
     "cross_entropy",
+    "deep_linear_ranks",
     "density",
+    "draw_landscape",
     "empirical_fisher",
     "export",
     "fisher",
     "gauss_newton",
+    "gradient_share",
+    "gradient_shares",
     "hessian",
     "layer_densities",
     "layer_ranks",
@@ -109,6 +131,9 @@ __all__ = [
     "layer_traces",
     "load_batches",
     "load_model",
+    "loss_landscape",
+    "measure_deep_linear_ranks",
+    "outliers",
     "probe",
     "rank",
     "squared_error",

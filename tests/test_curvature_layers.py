@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import curvature_oracles as oracles
 import numpy as np
 import pico
@@ -11,8 +13,10 @@ from curvature_oracles import Case, relative
 from torch import Tensor, nn
 
 from hawqkit.curvature import layer_traces as traces
+from hawqkit.curvature.data import Batches
 from hawqkit.curvature.gauss_newton import gauss_newton
 from hawqkit.curvature.hessian import hessian
+from hawqkit.curvature.layer_probes import HessianProbes, Task
 from hawqkit.curvature.layer_traces import layer_traces
 from hawqkit.curvature.layers import choose_layers, layer_operators
 from hawqkit.curvature.objective import Objective, cross_entropy
@@ -62,15 +66,20 @@ def test_only_the_products_of_a_layer_are_random_not_the_data() -> None:
         round(float(v @ whole @ v), 9)
         for v in torch.cartesian_prod(*[torch.tensor([-1.0, 1.0]).double()] * 4)
     }
-    problem_samples = _samples(model, batches, 24)
-    assert {round(s, 9) for s in problem_samples} <= forms
+    samples = _samples(model, batches, 24)
+    assert {round(s, 9) for s in samples} <= forms
     assert len(forms) < 9
 
 
 def _samples(model: nn.Module, batches: list[tuple[Tensor, Tensor]], count: int) -> list[float]:
     problem, layers = traces._prepare(model, cross_entropy(), None, None)
-    traces._HessianProbes(problem, traces.Batches(batches), 0).run(layers, count)
-    return layers[0].samples
+    probes = HessianProbes(problem, Batches(batches), 0)
+    samples = []
+    for number in range(0, count, 2):  # of two samples the mean and the spread tell both
+        probes.run([Task(layers[0], number, 2)])
+        _, mean, variance, _ = layers[0].passes[-1]
+        samples += [mean - math.sqrt(variance), mean + math.sqrt(variance)]
+    return samples
 
 
 def test_intervals_cover_at_a_fixed_number_of_probes() -> None:

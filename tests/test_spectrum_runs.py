@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -169,6 +170,14 @@ def test_a_run_measures_it_and_its_report_has_the_section(made: Path, here: Path
     assert '<section id="spectrum">' in (here / "run/report.html").read_text()
     cost = json.loads((here / "run/provenance.json").read_text())["costs"]["spectrum"]
     assert cost["gradient_equivalents"] > 10 * 3 * 12  # more than one a product of a draw
+
+
+def test_check_predicts_its_time_and_writes_nothing(here: Path) -> None:
+    before = contents(here)
+    assert re.search(r"predicted time: .*spectrum \d+ s", succeed("check", "r.yaml").stdout)
+    assert contents(here) == before
+    (here / "r.yaml").write_text(RECIPE.replace("-g32", "-channel"))
+    assert "spectrum" not in succeed("check", "r.yaml").stdout
 
 
 def test_a_hessians_negative_eigenvalues_are_shown(here: Path) -> None:

@@ -2,61 +2,51 @@
 
 `v' H_ll v` has the expectation tr(H_ll) for random signs v (Hutchinson 1990). Each layer has probes
 of its own: one probe over all layers at once is unbiased too, but the blocks between layers enter
-its variance, which then was 22 to 180 times larger.
+its variance, which then was 22 to 180 times larger. Where examples do not meet in the network each
+example has probes of its own too, which needs fewer of them (`example_probes`).
 
 For the Gauss-Newton matrix the probes are random signs x at the outputs, where a root R of the
 output curvature L_zz = R R' is known: `E |J_l' R x|^2 = n tr(G_ll)`, for all layers at once. Drawn
 labels would serve too, but where the network is sure of itself the trace comes from rare labels: a
 few draws agree on a value that is far too small, and their standard error with them.
-
-Letters in shapes: m probes of a pass.
 """
 
 from __future__ import annotations
 
-import abc
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from scipy import stats
-from torch import Tensor, nn
+from torch import nn
 
 from hawqkit.curvature.data import Batches, to_device
-from hawqkit.curvature.fisher import Draws
+from hawqkit.curvature.example_probes import (
+    ExampleHessianProbes,
+    ExampleOutputProbes,
+    ExampleProbes,
+)
+from hawqkit.curvature.layer_probes import (
+    HessianProbes,
+    JacobianProbes,
+    OutputProbes,
+    Probes,
+    Tally,
+    Task,
+)
 from hawqkit.curvature.layers import Chosen, check_kind, choose_layers
-from hawqkit.curvature.objective import Objective, output_curvature
+from hawqkit.curvature.linear_maps import apart, examples_of, linear_maps
+from hawqkit.curvature.objective import Objective
 from hawqkit.curvature.of_model import refuse_unknown
-from hawqkit.curvature.parameters import Parameters, choose_parameters
-from hawqkit.curvature.passes import differentiable, refuse_training_mode
-from hawqkit.curvature.products.autograd import gradient_graph, linear_backward, multiply
+from hawqkit.curvature.parameters import choose_parameters
+from hawqkit.curvature.passes import refuse_training_mode
 from hawqkit.curvature.products.contract import Problem
-from hawqkit.distributed import processes, reduce_sum
-from hawqkit.errors import DataError, InputError, NumericalError, Unsupported
+from hawqkit.errors import InputError
 from hawqkit.models.model import LoadedModel
 from hawqkit.records.spectral import Estimate
 
-FIRST = 16  # probes before the first decision: fewer make the standard error itself too uncertain
 LARGEST = 128  # probes of one pass
+GROWTH = 4  # by which a pass may multiply the probes: what an early error bar asks for is rough
 CONFIDENCE = 0.95
-
-
-@dataclass(slots=True)
-class _Layer:
-    """One layer's probes so far."""
-
-    name: str
-    parameters: Parameters
-    index: int
-    samples: list[float] = field(default_factory=list)
-    note: str = ""
-
-    @property
-    def stderr(self) -> float:
-        return float(np.std(self.samples, ddof=1) / math.sqrt(len(self.samples)))
 
 
 def layer_traces(
@@ -73,9 +63,11 @@ def layer_traces(
 ) -> dict[str, Estimate]:
     """Return every layer's trace with its standard error, `{layer: tr(H_ll)}`.
 
-    A probe stays the same over all batches of a pass, so the standard error is that of the probes
-    alone: the data is what it is. Layers stop one by one; a layer's probes are the same whichever
-    other layers are measured.
+    Standard errors are those of the probes alone: the data is what it is. Layers stop one by one; a
+    layer's probes are the same whichever other layers are measured. `method` says whether each
+    example had probes of its own: the layer must be the weight of one `nn.Linear`, `nn.Conv1d`,
+    `nn.Conv2d` or GPT-2 `Conv1D` that is called once, whose outputs for one example do not depend
+    on another, which is looked at on the first batch.
 
     Args:
         model: a network in eval mode.
@@ -104,263 +96,105 @@ def layer_traces(
         raise InputError(f"relative_error: got {relative_error}; it must be above 0.")
     if max_probes < 2:
         raise InputError(f"max_probes: got {max_probes}; an error bar needs 2 or more.")
-    problem, open_layers = _prepare(model, objective, layers, memory_bytes)
+    problem, layers_in_order = _prepare(model, objective, layers, memory_bytes)
+    data = Batches(batches)
     done: dict[str, Estimate] = {}
-    method = _METHODS[kind] if objective.root or kind == "hessian" else _JacobianProbes
-    measured = method(problem, Batches(batches), seed)
-    order = [layer.name for layer in open_layers]
-    while open_layers:
-        count = _next(open_layers, relative_error, max_probes)
-        measured.run(open_layers, count)
-        for layer in open_layers:
-            if layer.stderr <= relative_error * abs(float(np.mean(layer.samples))):
-                done[layer.name] = _estimate(layer, measured.name)
-            elif len(layer.samples) >= max_probes:
-                layer.note = (
-                    f"stopped at max_probes = {max_probes}, above the relative error asked for"
-                )
-                done[layer.name] = _estimate(layer, measured.name)
-        open_layers = [layer for layer in open_layers if layer.name not in done]
-    return {name: done[name] for name in order}
+    for measured, open_layers in _methods(problem, data, layers_in_order, kind, seed):
+        while open_layers:
+            tasks = _tasks(measured, open_layers, relative_error, max_probes)
+            if tasks:
+                measured.run(tasks)
+            for layer in open_layers:
+                if layer.stderr <= relative_error * abs(layer.mean):
+                    done[layer.name] = _estimate(layer, measured.name)
+                elif layer.probes >= max_probes:
+                    layer.note = (
+                        f"stopped at max_probes = {max_probes}, above the relative error asked for"
+                    )
+                    done[layer.name] = _estimate(layer, measured.name)
+            open_layers = [layer for layer in open_layers if layer.name not in done]
+    return {layer.name: done[layer.name] for layer in layers_in_order}
 
 
 def _prepare(
     model: nn.Module | LoadedModel, objective: Objective, layers: Chosen, memory_bytes: int | None
-) -> tuple[Problem, list[_Layer]]:
+) -> tuple[Problem, list[Tally]]:
     module = refuse_unknown(model)
     refuse_training_mode(module)
     groups = choose_layers(model, layers)
-    every = choose_parameters(module, [n for names in groups.values() for n in names])
+    chosen = [module.get_parameter(n) for names in groups.values() for n in names]
+    every = choose_parameters(module, chosen)
     problem = Problem(module, objective, every, memory_bytes=memory_bytes)
     known = choose_layers(model) if not isinstance(layers, dict) else groups
     place = {name: i for i, name in enumerate(known)}
-    return problem, [_Layer(name, every.only(names), place[name]) for name, names in groups.items()]
+    return problem, [Tally(name, every.only(names), place[name]) for name, names in groups.items()]
 
 
-def _next(layers: Sequence[_Layer], relative_error: float, max_probes: int) -> int:
-    """Return how many probes the next pass makes: what the neediest layer seems to need."""
-    have = len(layers[0].samples)
-    if have == 0:
-        return min(FIRST, max_probes)
-    shares = [s.stderr / max(abs(float(np.mean(s.samples))), 1e-300) for s in layers]
-    needed = have * (min(max(shares), 1e3) / relative_error) ** 2
-    # Less than is needed by the present guess, since half of the layers guess too high.
-    return int(min(max(needed / 2 - have, FIRST / 2), LARGEST, max_probes - have))
+def _methods(
+    problem: Problem, batches: Batches, layers: Sequence[Tally], kind: str, seed: int
+) -> list[tuple[Probes, list[Tally]]]:
+    """Return who measures which layers: with probes of examples where that is allowed."""
+    root = problem.objective.root is not None
+    if kind == "gauss-newton" and not root:
+        return [(JacobianProbes(problem, batches, seed), list(layers))]
+    first = to_device(batches.first(), problem.parameters.device)
+    maps = linear_maps(problem.module, {t.name: t.parameters.names for t in layers})
+    maps = apart(problem, maps, first)
+    apart_from = [layer for layer in layers if layer.name in maps]
+    others = [layer for layer in layers if layer.name not in maps]
+    by_example: type[ExampleProbes] = ExampleHessianProbes
+    shared: type[Probes] = HessianProbes
+    if kind == "gauss-newton":
+        by_example, shared = ExampleOutputProbes, OutputProbes
+    found: list[tuple[Probes, list[Tally]]] = []
+    if apart_from:
+        examples = examples_of(first) or 1
+        found.append((by_example(problem, batches, seed, maps, examples), apart_from))
+    if others:
+        found.append((shared(problem, batches, seed), others))
+    return found
 
 
-def _estimate(layer: _Layer, method: str) -> Estimate:
-    count = len(layer.samples)
-    value, stderr = float(np.mean(layer.samples)), layer.stderr
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * stderr
+def _tasks(
+    measured: Probes, layers: Sequence[Tally], relative_error: float, max_probes: int
+) -> list[Task]:
+    """Return how many probes the next pass adds to each layer: what it seems to need."""
+    for layer in layers:
+        measured.settle(layer, _needed(layer, relative_error) - layer.probes)
+    counts = [_more(layer, measured.first, relative_error, max_probes) for layer in layers]
+    if measured.joint:
+        counts = [max(counts)] * len(counts)
+    # Settling a division may have taken its probes in, and a layer has all that it may have.
+    pairs = zip(layers, counts, strict=True)
+    return [Task(layer, layer.drawn, n) for layer, n in pairs if n > 0]
+
+
+def _needed(layer: Tally, relative_error: float) -> int:
+    """Return how many probes reach the relative error, by the present error bar."""
+    if not layer.probes:
+        return 0
+    share = min(layer.stderr / max(abs(layer.mean), 1e-300), 1e3)
+    return int(layer.probes * (share / relative_error) ** 2) + 1
+
+
+def _more(layer: Tally, first: int, relative_error: float, max_probes: int) -> int:
+    have, more = layer.probes, first
+    if have:
+        more = min(_needed(layer, relative_error) - have, (GROWTH - 1) * have, LARGEST)
+    # Two at least, and never one left over: the spread of one probe is not known.
+    more = min(max(more, 2), max_probes - have)
+    return more + 1 if max_probes - have - more == 1 else more
+
+
+def _estimate(layer: Tally, method: str) -> Estimate:
+    value, stderr = layer.mean, layer.stderr
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, max(layer.degrees, 1.0)))
     return Estimate(
         value=value,
         stderr=stderr,
-        samples=count,
-        products=count,
+        samples=layer.probes,
+        products=layer.products,
         method=method,
-        interval=(value - half, value + half),
+        interval=(value - quantile * stderr, value + quantile * stderr),
         note=layer.note,
-    )
-
-
-class _Probes(abc.ABC):
-    """Walks through the batches with all open layers' probes, and adds up what they give."""
-
-    name = ""
-    twice = True
-
-    def __init__(self, problem: Problem, batches: Batches, seed: int) -> None:
-        self._problem, self._batches, self._seed = problem, batches, seed
-
-    def run(self, layers: Sequence[_Layer], count: int) -> None:
-        """Add `count` samples to each layer."""
-        names = [n for layer in layers for n in layer.parameters.names]
-        problem = self._problem.restricted(names, shared=False)
-        first = len(layers[0].samples)
-        device = problem.parameters.device
-        totals = torch.zeros(len(layers), count, dtype=torch.float64)
-        counted = 0.0
-        with differentiable(problem.module, problem.parameters, twice=self.twice):
-            for number, example, batch in processes().mine(self._batches):
-                try:
-                    values, predictions = self._batch(
-                        problem, layers, first, count, example, to_device(batch, device)
-                    )
-                except torch.OutOfMemoryError:
-                    raise
-                except (RuntimeError, NotImplementedError) as error:
-                    raise _impossible(error, self.twice) from error
-                _refuse(values, layers, number)
-                totals += values
-                counted += predictions
-        totals = reduce_sum(totals.to(device)).cpu()
-        counted = float(reduce_sum(torch.tensor([counted], dtype=torch.float64, device=device)))
-        if counted == 0:
-            raise DataError("no prediction counts in any batch (all labels are ignored).")
-        for layer, row in zip(layers, (totals / counted).tolist(), strict=True):
-            layer.samples.extend(row)
-
-    @abc.abstractmethod
-    def _batch(
-        self,
-        problem: Problem,
-        layers: Sequence[_Layer],
-        first: int,
-        count: int,
-        example: int,
-        batch: Any,
-    ) -> tuple[Tensor, float]:
-        """Return each layer's sums (L, m), and how many predictions the batch counts."""
-
-    def _signs(
-        self, layer: _Layer, first: int, count: int, at_once: int
-    ) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield a layer's probes, `at_once` at a time: (place of the first, (k, *shape)).
-
-        A probe depends on (seed, layer, its number) alone. They are drawn again for every batch:
-        all layers' probes together would take m times the model's memory.
-        """
-        for start in range(0, count, at_once):
-            rows = []
-            for number in range(first + start, first + min(start + at_once, count)):
-                stream = np.random.SeedSequence([self._seed, layer.index, number])
-                generator = torch.Generator().manual_seed(int(stream.generate_state(1)[0]))
-                bits = torch.randint(
-                    0, 2, (layer.parameters.size,), generator=generator, dtype=torch.int8
-                )
-                rows.append(bits)
-            signs = torch.stack(rows, 1).to(layer.parameters.device, layer.parameters.dtype)
-            yield start, layer.parameters.split(2 * signs - 1)
-
-
-class _HessianProbes(_Probes):
-    """v' H_ll v on the graph of the gradient."""
-
-    name = "hutchinson"
-
-    def _batch(
-        self,
-        problem: Problem,
-        layers: Sequence[_Layer],
-        first: int,
-        count: int,
-        example: int,
-        batch: Any,
-    ) -> tuple[Tensor, float]:
-        at_once = problem.vectors_at_once(batch, count)
-        graph = gradient_graph(problem, batch)
-        values = torch.zeros(len(layers), count, dtype=torch.float64)
-        for row, layer in enumerate(layers):
-            gradients = [graph.gradients[name] for name in layer.parameters.names]
-            for start, v in self._signs(layer, first, count, at_once):
-                Hv, _ = multiply(gradients, list(layer.parameters.tensors), v)
-                for a, b in zip(v, Hv, strict=True):
-                    if b is not None:
-                        values[row, start : start + len(a)] += _inner(a, b)
-        return values, graph.count
-
-
-class _OutputProbes(_Probes):
-    """|J_l' R x|^2 with random signs x, for all layers at once: first derivatives alone."""
-
-    name = "hutchinson at the outputs"
-    twice = False
-
-    def _batch(
-        self,
-        problem: Problem,
-        layers: Sequence[_Layer],
-        first: int,
-        count: int,
-        example: int,
-        batch: Any,
-    ) -> tuple[Tensor, float]:
-        root = problem.objective.root
-        assert root is not None
-        z = problem.objective.outputs(problem.module, batch)
-        _, predictions = problem.objective.loss(z.detach(), batch)
-        values = torch.zeros(len(layers), count, dtype=torch.float64)
-        at_once = problem.vectors_at_once(batch, count)
-        for start in range(0, count, at_once):
-            numbers = range(first + start, first + min(start + at_once, count))
-            with torch.no_grad():
-                r = torch.stack(
-                    [root(z.detach(), batch, self._output_signs(z, n, example)) for n in numbers]
-                )
-            gradients, _ = multiply([z], list(problem.parameters.tensors), [r])
-            by_name = dict(zip(problem.parameters.names, gradients, strict=True))
-            for row, layer in enumerate(layers):
-                for name in layer.parameters.names:
-                    if (g := by_name[name]) is not None:
-                        values[row, start : start + len(r)] += _inner(g, g)
-        return values, float(predictions)
-
-    def _output_signs(self, z: Tensor, number: int, example: int) -> Tensor:
-        """Return random signs of z's shape, by (seed, number, index of the example) alone."""
-        draws = Draws((self._seed, number), example)
-        rows = [draws(i, tuple(z.shape[1:]), normal=False) for i in range(z.shape[0])]
-        return torch.where(torch.stack(rows) < 0.5, -1.0, 1.0).to(z.device, z.dtype)
-
-
-class _JacobianProbes(_Probes):
-    """v' J_l' L_zz J_l v, where no root of L_zz is known."""
-
-    name = "hutchinson"
-
-    def _batch(
-        self,
-        problem: Problem,
-        layers: Sequence[_Layer],
-        first: int,
-        count: int,
-        example: int,
-        batch: Any,
-    ) -> tuple[Tensor, float]:
-        z = problem.objective.outputs(problem.module, batch)
-        _, predictions = problem.objective.loss(z.detach(), batch)
-        values = torch.zeros(len(layers), count, dtype=torch.float64)
-        at_once = problem.vectors_at_once(batch, count)
-        backward = linear_backward(z, problem.parameters.tensors)
-        if backward is None:
-            return values, float(predictions)
-        u, gradients = backward
-        by_name = dict(zip(problem.parameters.names, gradients, strict=True))
-        for row, layer in enumerate(layers):
-            own = [by_name[name] for name in layer.parameters.names]
-            for start, v in self._signs(layer, first, count, at_once):
-                (JV,), _ = multiply(own, [u], v)
-                if JV is not None:
-                    MJV = output_curvature(problem.objective, z.detach(), batch, JV)
-                    values[row, start : start + v[0].shape[0]] = _inner(JV, MJV)
-        return values, float(predictions)
-
-
-_METHODS: dict[str, type[_Probes]] = {"hessian": _HessianProbes, "gauss-newton": _OutputProbes}
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner products of k pairs, (k,), in float64 on the CPU."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return (a.detach().to(wide) * b.detach().to(wide)).flatten(1).sum(1).to("cpu", torch.float64)
-
-
-def _refuse(values: Tensor, layers: Sequence[_Layer], number: int) -> None:
-    if bool(torch.isfinite(values).all()):
-        return
-    row = int((~torch.isfinite(values)).any(1).nonzero()[0, 0])
-    raise NumericalError(
-        f"a product for layer {layers[row].name!r} holds NaN or infinity in batch {number} "
-        "(counted from 0). Operators whose value is finite can have infinite derivatives; so can "
-        "half precision that overflows: try float32, or leave that batch or layer out."
-    )
-
-
-def _impossible(error: Exception, twice: bool) -> Unsupported:
-    hint = (
-        " If the model cannot be differentiated twice, use kind='gauss-newton', which needs first "
-        "derivatives alone, or the trace of hessian(..., products='difference').block(...)."
-    )
-    return Unsupported(
-        f"traces of layers could not be made: {str(error).splitlines()[0][:160]}."
-        + (hint if twice else "")
     )

@@ -59,6 +59,7 @@ def noise_floor(source: Source, *, trials: int = 2, seed: int = 0) -> float:
         scale_rows(w, 1 / length)
         u = w
     floor = 0.0
+    eps = float(torch.finfo(operator.dtype).eps)
     for _ in range(trials):
         v = draw()
         if operator.size > 1:
@@ -70,12 +71,11 @@ def noise_floor(source: Source, *, trials: int = 2, seed: int = 0) -> float:
         # In place, and each vector is dropped as soon as it has served: they are as large as the
         # model, and an operator holds several of its own during a product.
         defect = multiply(operator, a)
-        length = float(norms(defect)[0])
+        along = float(norms(defect)[0])
         defect += multiply(operator, b)
         defect *= 2**-0.5
         b += a
         b *= 2**-0.5
         defect -= multiply(operator, b)
-        eps = float(torch.finfo(operator.dtype).eps)
-        floor = max(floor, float(norms(defect)[0]), eps * length)
+        floor = max(floor, float(norms(defect)[0]), eps * along)
     return floor

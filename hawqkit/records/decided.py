@@ -73,12 +73,76 @@ class Mix:
 
 
 @dataclass(frozen=True, slots=True)
+class KlBudget:
+    """How `budget.max_predicted_kl` was kept, and the proof that no smaller mix was overlooked.
+
+        upper = kl + quantile sqrt((spread kl)^2 + kl_stderr^2)    must be at most `value`
+
+    Of every size the mix of smallest summed score is found exactly; the smallest size at which that
+    mix keeps the limit is chosen. So no smaller mix has a summed score of `score_limit` or less.
+
+    Attributes:
+        value: the limit as asked, in nats.
+        confidence: as asked; at 0.5 the prediction itself is limited.
+        quantile: z, of the standard normal.
+        kl: predicted KL of the chosen mix.
+        kl_stderr: its standard error, None where there is none.
+        spread: sqrt(2 / participation ratio of the network), relative; None where not known.
+        upper: what the KL stays below with that confidence.
+        source: which sequences predict, `withheld sequences` or `the scores that choose`.
+        sequences: how many.
+        minimized: what was made small, `bytes of TARGET` or `stored bits`.
+        amount: what the mix takes of it; headers of files stay outside.
+        score_limit: summed score of the chosen mix, in nats: what the solver kept the sum below.
+        smaller_amount: of the best mix that is smaller, None where there is none.
+        smaller_score: its summed score, above `score_limit`.
+        smaller_upper: its upper limit, above `value`.
+        solves: allocations that were solved.
+    """
+
+    value: float
+    confidence: float
+    quantile: float
+    kl: float
+    kl_stderr: float | None
+    spread: float | None
+    upper: float
+    source: str
+    sequences: int
+    minimized: str
+    amount: int
+    score_limit: float
+    smaller_amount: int | None = None
+    smaller_score: float | None = None
+    smaller_upper: float | None = None
+    solves: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OtherRisk:
+    """What another `risk` would choose within the same budgets.
+
+    Attributes:
+        risk: 0 where the chosen mix has a risk, else 1.
+        deviation: what one unit of risk adds to the score of a layer, in words.
+        mix: its formats, sizes and prediction; `objective` is at the risk of the allocation.
+        deviations: layer -> what one unit of risk adds to its score in the format of the
+            allocation, relative.
+    """
+
+    risk: float
+    deviation: str
+    mix: Mix
+    deviations: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Allocation:
     """The bit configuration: `allocation.json`.
 
     Attributes:
         layers: layer name -> format name.
-        budgets: name -> limit, as asked.
+        budgets: name -> limit, as asked; `max_predicted_kl` in nats.
         totals: what the mix really takes.
         score: the score that chose.
         objective: summed score of the chosen mix, in nats (quiet, but seen by the choice).
@@ -86,6 +150,8 @@ class Allocation:
         stability: layer -> share of resampled probes in which it keeps its format.
         baselines: other mixes within the same budgets.
         sensitivities: fingerprint of the table that was solved.
+        kl_budget: how `max_predicted_kl` was kept, None if it was not asked for.
+        other_risk: the mix of another risk, None where a deviation that it needs is not known.
     """
 
     layers: dict[str, str]
@@ -103,6 +169,8 @@ class Allocation:
     sensitivities: str = ""
     rounding: str = "searched"
     warnings: tuple[str, ...] = ()
+    kl_budget: KlBudget | None = None
+    other_risk: OtherRisk | None = None
     schema: int = SCHEMA
 
 

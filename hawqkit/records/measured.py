@@ -194,6 +194,40 @@ class Samples:
 
 
 @dataclass(frozen=True, slots=True)
+class Curvature:
+    """What was measured of the Hessian H_l of each layer, shard by shard of the calibration text.
+
+    H is that of the mean cross-entropy over a shard's predictions, in nats, with the labels of the
+    text. D shards.
+
+    Attributes:
+        sequences: (D, ...) rows of the calibration text that make each shard.
+        length: tokens that they were cut to.
+        counts: (D,) counted predictions.
+        relative_error: that was asked for: of a trace its standard error, of an eigenvalue its
+            residual.
+        traces: (D, L) tr(H_l), signs kept; empty if it was not measured.
+        trace_stderr: (D, L) standard error of the probes, 0 where the trace was computed.
+        eigenvalues: (D, L) the eigenvalue of largest magnitude, signs kept; or empty.
+        residuals: (D, L) |H v - lambda v|: an eigenvalue lies within that of each.
+        products: of a layer's block with a vector, over all layers and shards.
+        fingerprint: hash over model, text, layers and settings.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    length: int
+    counts: tuple[int, ...]
+    relative_error: float
+    traces: Table = ()
+    trace_stderr: Table = ()
+    eigenvalues: Table = ()
+    residuals: Table = ()
+    products: int = 0
+    fingerprint: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Sensitivities:
     """How much each layer suffers in each format: `sensitivities.json`.
 
@@ -208,6 +242,7 @@ class Sensitivities:
         rounding: `nearest` or `searched`.
         fingerprint: hash over model, data, formats, rounding and seed.
         withheld: sequences that were kept from choosing.
+        curvature: what the scores of the true Hessian are made from; None if it was not measured.
         samples: the `Samples` behind the tables; in memory only, since they have a file of their
             own (typed loosely, because arrays have no JSON schema).
     """
@@ -228,6 +263,7 @@ class Sensitivities:
     fingerprint: str
     withheld: int = 0
     warnings: tuple[str, ...] = ()
+    curvature: Curvature | None = None
     schema: int = SCHEMA
     samples: Any = field(default=None, repr=False, compare=False, metadata={"json": False})
 
@@ -253,5 +289,23 @@ class Sensitivities:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} numbers for {shape[0]} layers"
                 )
+        _refuse_curvature(self.curvature, shape[0])
         if self.auto not in self.scores:
             raise ValueError(f"auto is {self.auto!r}, which is not among the scores")
+
+
+def _refuse_curvature(curvature: Curvature | None, layers: int) -> None:
+    """Refuse tables that are not of D shards and L layers."""
+    if curvature is None:
+        return
+    shards = len(curvature.counts)
+    for name in ("traces", "trace_stderr", "eigenvalues", "residuals"):
+        table: Table = getattr(curvature, name)
+        if table and (len(table) != shards or any(len(row) != layers for row in table)):
+            raise ValueError(
+                f"curvature.{name} is not a table of {shards} shards x {layers} layers"
+            )
+        if any(v is None for row in table for v in row):
+            raise ValueError(f"curvature.{name} holds an empty cell")
+    if len(curvature.sequences) != shards or any(n < 1 for n in curvature.counts):
+        raise ValueError("curvature: a shard holds no sequence or counts no prediction")
