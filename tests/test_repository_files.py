@@ -18,7 +18,9 @@ LOCAL_PATHS = ["/" + name for name in ("work/", "root/", "home/", "Users/", "tmp
 
 
 def python_files() -> list[Path]:
-    return sorted(file for folder in CODE for file in (ROOT / folder).rglob("*.py"))
+    """Return every Python file of the code; environments of benchmarks are not ours."""
+    found = (file for folder in CODE for file in (ROOT / folder).rglob("*.py"))
+    return sorted(file for file in found if ".venv" not in file.parts)
 
 
 def own_text() -> list[Path]:
