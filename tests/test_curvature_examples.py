@@ -157,48 +157,58 @@ def test_intervals_cover_with_few_probes_an_example(kind: str) -> None:
     assert np.mean(covered) >= 0.95 - 0.038
 
 
-def test_examples_need_fewer_probes_than_all_data_together() -> None:
-    x = oracles.noise(40, 4, seed=5)
-    case = case_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), x)
-    own = layer_traces(case.model, cross_entropy(), case.batches, relative_error=0.01)
-    shared = layer_traces(  # of two parameters, which are no linear map
-        case.model,
-        cross_entropy(),
-        case.batches,
-        layers={n: [f"{n}.weight", f"{n}.bias"] for n in ("0", "2")},
-        relative_error=0.01,
-    )
-    for layer, estimate in own.items():
-        assert shared[layer].samples > 3 * estimate.samples
+def test_variances_are_those_of_the_dense_blocks() -> None:
+    """Shared signs v vary by 2 |H|_F^2 without the diagonal; examples' own by the sum of theirs."""
+    case = dense(nn.Tanh())
+    options = {"relative_error": 1e-9, "max_probes": 256}
+    own = layer_traces(case.model, cross_entropy(), case.batches, layers=["0"], **options)["0"]
+    groups = {"0": ["0.weight", "0.bias"]}  # two parameters are no linear map
+    shared = layer_traces(case.model, cross_entropy(), case.batches, layers=groups, **options)["0"]
+    whole = oracles.dense_hessian(case)
+    places = oracles.places(case)
+    index = torch.arange(len(whole))[places["0.weight"].start : places["0.bias"].stop]
+    H = whole[index][:, index]
+    expected = 2 * float(H.square().sum() - H.diagonal().square().sum())
+    # A variance of 256 samples has a standard error of a tenth, or more, as they are not normal.
+    assert shared.stderr**2 * shared.samples == pytest.approx(expected, rel=0.4)
+    assert own.stderr**2 * own.samples == pytest.approx(_variance(case, "0.weight"), rel=0.4)
+    assert own.stderr < 0.8 * shared.stderr
 
 
 def fused() -> Case:
+    """Return small queries and keys: they have no share in the trace, and the most of the norm."""
     pooling = Residual(nn.Linear(6, 3), lambda m, x: m(x.mean(1)))
-    return case_of(nn.Sequential(Attention(6), pooling), oracles.noise(8, 5, 6, seed=3))
+    case = case_of(nn.Sequential(Attention(6), pooling), oracles.noise(8, 5, 6, seed=3))
+    with torch.no_grad():
+        for parameter in case.model.parameters():
+            parameter.mul_(0.5)
+        for parameter in case.model[0].fused.parameters():
+            parameter[:12].mul_(0.1)
+    return case
 
 
 def test_a_fused_weight_is_measured_in_parts() -> None:
     case = fused()
-    found = layer_traces(case.model, cross_entropy(), case.batches, relative_error=0.01)
+    found = layer_traces(case.model, cross_entropy(), case.batches, relative_error=0.04)
     trace, _ = truths(case, "hessian")["0.fused"]
     estimate = found["0.fused"]
     assert estimate.products > estimate.samples
     assert abs(estimate.value - trace) <= 4 * estimate.stderr
-    assert estimate.relative_error <= 0.01
-    undivided = 2 * _variance(case) / (0.01 * trace) ** 2
-    assert estimate.products < undivided
+    assert estimate.relative_error <= 0.04
+    undivided = _variance(case, "0.fused.weight") / (0.04 * trace) ** 2
+    assert estimate.products < undivided / 10
 
 
-def _variance(case: Case) -> float:
-    """Return half the variance of one probe an example, from the examples' dense blocks."""
+def _variance(case: Case, name: str) -> float:
+    """Return the variance of one probe an example, undivided, from the examples' dense blocks."""
     total = 0.0
     x, n = torch.cat([x for x, _ in case.batches]), len(case.targets)
     for i in range(n):
         row = slice(i, i + 1)
         one = Case(case.model, [], lambda m, r=row: m(x[r]), case.targets[row], case.names)
-        place = oracles.places(case)["0.fused.weight"]
+        place = oracles.places(case)[name]
         H = oracles.dense_hessian(one)[place, place]
-        total += float(H.square().sum() - H.diagonal().square().sum()) / n**2
+        total += 2 * float(H.square().sum() - H.diagonal().square().sum()) / n**2
     return total
 
 

@@ -1,4 +1,4 @@
-"""The three examples, run on a pico model as a user would run them."""
+"""The examples, run as a user would run them: on a pico model, or on what they make themselves."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pico
 import pytest
+import torch
 
 from hawqkit.pipeline import run as run_recipe
 from hawqkit.recipe import load_recipe
@@ -82,3 +83,47 @@ def test_the_python_surface_measures_the_chosen_mix(finished: Path) -> None:
     validation = module["main"](str(finished / "model"), 6, 64)
     assert validation.mixes[0].name == "chosen"
     assert validation.mixes[0].measured["held-out"].kl > 0
+
+
+def example(name: str) -> dict[str, object]:
+    return runpy.run_path(str(ROOT / "examples" / f"{name}.py"))
+
+
+def test_the_backpack_example_estimates_every_layers_exact_trace(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = example("backpack_trace")["main"](0.05)
+    assert list(found) == ["0", "2"]
+    for estimate, exact in found.values():
+        assert abs(estimate.value - exact) < 4 * estimate.stderr
+        assert estimate.stderr <= 0.05 * abs(estimate.value)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_two_class_example_agrees_with_its_dense_spectrum(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = example("two_class_mlp")
+    found = module["main"](16)  # 354 parameters
+    exact, pairs, density = found["exact"], found["pairs"], found["density"]
+    largest = exact[exact.abs().argsort(descending=True)][:5].numpy()
+    assert pairs.values == pytest.approx(largest, abs=1e-6)
+    assert density.draws == 10
+    for eps, count in zip(module["EPS"], found["ranks"].counts, strict=True):
+        assert count.count == int((exact.abs() >= eps).sum())
+        assert density.mass(-eps, eps).covers(float((exact.abs() < eps).double().mean()))
+    shown = capsys.readouterr().out
+    assert shown.count("mass within") == 3
+    assert "eigenvalue 5" in shown
+
+
+def test_the_resnet_example_draws_density_and_landscape(tmp_path: Path) -> None:
+    found = example("pyhessian_resnet")["main"](str(tmp_path), 20, 32)
+    names = {"density.png", "top-eigenvector.png", "plane.png", "surface.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    line, pairs = found["line"], found["pairs"]
+    assert line.curvatures[0][0] == pytest.approx(pairs.values[0], rel=1e-3)
+    t, loss = line.positions(), torch.from_numpy(line.values)
+    near = abs(t) <= 0.051  # where the quadratic model holds
+    model = line.quadratic(t[near]) - line.center
+    assert (loss.numpy()[near] - line.center) == pytest.approx(model, rel=0.3, abs=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import hawqkit as hk
-from hawqkit.errors import DataError, InputError, NumericalError, Unsupported
 from hawqkit.records import Landscape
 from hawqkit.store import read_record, write_record
 
@@ -180,7 +180,9 @@ def test_biases_can_be_moved_too_and_count_as_one_filter() -> None:
     found = direction_of(net, directions="random", biases=True)
     for name, weight in net.named_parameters():
         if weight.ndim == 1:
-            assert float(found[name].norm()) == pytest.approx(float(weight.detach().norm()), rel=1e-10)
+            assert float(found[name].norm()) == pytest.approx(
+                float(weight.detach().norm()), rel=1e-10
+            )
 
 
 @pytest.mark.parametrize("normalize", ["layer", "unit", None])
@@ -191,7 +193,9 @@ def test_other_lengths_are_those_of_parameters_of_one_or_as_drawn(normalize: str
     if normalize == "layer":
         for name, weight in net.named_parameters():
             if weight.ndim > 1:
-                assert float(found[name].norm()) == pytest.approx(float(weight.detach().norm()), rel=1e-10)
+                assert float(found[name].norm()) == pytest.approx(
+                    float(weight.detach().norm()), rel=1e-10
+                )
     elif normalize == "unit":
         assert float(total) == pytest.approx(1.0, rel=1e-10)
     else:
@@ -305,106 +309,6 @@ def test_a_record_survives_json(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["model_hash"]
 
 
-def exploding() -> tuple[nn.Module, hk.Objective]:
-    """Return a loss that is infinite in float32 from w = 8.9 on."""
-    net = nn.Linear(1, 1, bias=False).eval()
-    with torch.no_grad():
-        net.weight.fill_(0.0)
-    return net, hk.Objective(lambda m, b: torch.exp(10 * m.weight), lambda z, b: (z.sum(), 1))
-
-
-def test_losses_that_are_not_finite_are_none_and_counted_in_a_note() -> None:
-    net, objective = exploding()
-    found = hk.loss_landscape(
-        net, objective, [(0,)], directions=torch.ones(1), steps=5, distance=20.0
-    )
-    assert [row[0] is None for row in found.losses] == [False, False, False, True, True]
-    assert np.isnan(found.values[3:]).all()
-    assert any("2 of 5 points" in note for note in found.notes)
-    with torch.no_grad():
-        net.weight.fill_(9.0)
-    with pytest.raises(NumericalError, match="loss at the center is inf"):
-        hk.loss_landscape(net, objective, [(0,)], directions=torch.ones(1), quadratic=False)
-
-
-def test_half_precision_is_moved_and_said() -> None:
-    case = oracles.mlp(dtype=torch.float32)
-    wide = hk.loss_landscape(case.model, hk.cross_entropy(), case.batches, directions="random")
-    half = case.model.to(torch.bfloat16)
-    batches = [(x.to(torch.bfloat16), y) for x, y in case.batches]
-    found = hk.loss_landscape(
-        half, hk.cross_entropy(), batches, directions="random", quadratic=False
-    )
-    # bfloat16 has three digits, and its weights' filters another norm by as much.
-    np.testing.assert_allclose(found.values, wide.values, rtol=0.05)
-    assert any("rounded" in note for note in found.notes)
-
-
-def test_what_cannot_be_differentiated_twice_is_measured_without_the_model() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.abs().sqrt()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            return torch.full_like(gradient, torch.nan)
-
-    net = nn.Linear(2, 1).eval()
-    objective = hk.Objective(lambda m, b: Once.apply(m(b[0])), lambda z, b: ((z**2).sum(), 3))
-    data = [(torch.ones(3, 2),)]
-    with pytest.raises((Unsupported, NumericalError), match="quadratic=False"):
-        hk.loss_landscape(net, objective, data, directions="random")
-    found = hk.loss_landscape(net, objective, data, directions="random", quadratic=False, steps=3)
-    assert found.curvatures is None
-    assert found.axes[0].slope is None
-    with pytest.raises(InputError, match="quadratic=True"):
-        found.quadratic(0.0)
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown name": ({"directions": "tpo-1"}, "Did you mean 'top-1'"),
-    "three": ({"directions": ("random",) * 3}, "3 came"),
-    "none": ({"directions": ()}, "0 came"),
-    "a number": ({"directions": 3}, "got int"),
-    "too long": ({"directions": torch.ones(9)}, r"shape \(9,\) came; 74"),
-    "parallel": ({"directions": ("top-1", "top-1")}, "parallel"),
-    "zero": ({"directions": torch.zeros(74)}, "length zero"),
-    "infinite": ({"directions": torch.full((74,), torch.inf)}, "NaN or infinity"),
-    "unknown parameter": ({"directions": {"2.wieght": torch.ones(4, 7)}}, "Did you mean"),
-    "another shape": ({"directions": {"2.weight": torch.ones(7, 4)}}, r"\(7, 4\)"),
-    "rank": ({"directions": "top-75"}, "74 dimensions"),
-    "biases alone": ({"directions": "random", "parameters": ["*.bias"]}, "biases=True"),
-    "normalize": ({"normalize": "filters"}, "Did you mean 'filter'"),
-    "one step": ({"steps": 1}, "at least 2"),
-    "distance": ({"distance": 0.0}, "positive"),
-    "distances": ({"distance": (1.0, 2.0, 3.0)}, "3 numbers came for 2"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_makes_no_sense_is_refused_with_the_reason(name: str) -> None:
-    case = oracles.mlp()
-    options, message = BAD[name]
-    with pytest.raises(InputError, match=message):
-        hk.loss_landscape(case.model, hk.cross_entropy(), case.batches, **options)
-
-
-def test_training_mode_other_eigenvectors_and_uncounted_data_are_refused() -> None:
-    case = oracles.mlp()
-    other = hk.top_eigenpairs(torch.eye(5).double(), 1)
-    with pytest.raises(InputError, match="none of the 4 chosen parameters"):
-        hk.loss_landscape(case.model, hk.cross_entropy(), case.batches, directions=other)
-    ignored = [(x, torch.full_like(y, -100)) for x, y in case.batches]
-    with pytest.raises(DataError, match="no prediction counts"):
-        hk.loss_landscape(
-            case.model, hk.cross_entropy(), ignored, directions="random", quadratic=False
-        )
-    with pytest.raises(Unsupported, match="training mode"):
-        hk.loss_landscape(case.model.train(), hk.cross_entropy(), case.batches)
-
-
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -449,3 +353,17 @@ def test_two_processes_measure_the_landscape_of_one(tmp_path: Path) -> None:
         # Eigenvectors are good to 1e-4 in either run; sums in another order differ by rounding.
         assert numbers == pytest.approx(expected, rel=1e-9, abs=1e-10), name
         assert both[1][name] == numbers
+
+
+def test_the_example_of_the_page_runs_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "landscape.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(example, found)
+    assert {p.name for p in tmp_path.iterdir()} == {"landscape.png", "line.svg"}
+    plane, line = found["plane"], found["line"]
+    assert plane.curvatures[0][0] == pytest.approx(plane.axes[0].eigenvalue, rel=1e-4)
+    assert line.axes[0].normalization == "filter"
