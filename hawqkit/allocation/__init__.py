@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hawqkit.allocation.allocate import Allocated, allocate_table
+    from hawqkit.allocation.allocate import Allocated, allocate_table, make_problem
     from hawqkit.allocation.baselines import BASELINES, make_baselines
     from hawqkit.allocation.brute import solve_by_enumeration
     from hawqkit.allocation.exact import Solution, solve
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         totals,
         with_scores,
     )
+    from hawqkit.allocation.smallest import Smallest, solve_smallest, stored_resource
     from hawqkit.allocation.stability import keep_shares
 
 __all__ = [
@@ -32,20 +33,24 @@ __all__ = [
     "Problem",
     "Resource",
     "SizeTable",
+    "Smallest",
     "Solution",
     "allocate_table",
     "build_problem",
     "keep_shares",
     "make_baselines",
+    "make_problem",
     "solve",
     "solve_by_enumeration",
+    "solve_smallest",
+    "stored_resource",
     "sweep_frontier",
     "totals",
     "with_scores",
 ]
 
 _MODULES = {
-    "allocate": ("Allocated", "allocate_table"),
+    "allocate": ("Allocated", "allocate_table", "make_problem"),
     "baselines": ("BASELINES", "make_baselines"),
     "brute": ("solve_by_enumeration",),
     "exact": ("Solution", "solve"),
@@ -59,6 +64,7 @@ _MODULES = {
         "totals",
         "with_scores",
     ),
+    "smallest": ("Smallest", "solve_smallest", "stored_resource"),
     "stability": ("keep_shares",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

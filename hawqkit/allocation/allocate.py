@@ -69,19 +69,42 @@ def allocate_table(
     """
     if not budgets:
         raise BudgetError(f"no budget came: give at least one of {', '.join(BUDGETS)}.")
-    sizes = _limited_tables(size_tables, size_target)
-    problem = build_problem(
+    problem = make_problem(
         layers,
         formats,
         scores,
-        runtime=runtime,
         budgets=budgets,
-        sizes=sizes,
+        runtime=runtime,
+        size_tables=size_tables,
+        size_target=size_target,
         available=available,
     )
     solution = solve(problem, gap=gap)
     mix = problem.mix(solution.choice)
     return Allocated(mix, solution, totals(problem.layers, mix, size_tables), problem)
+
+
+def make_problem(
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    scores: Floats,
+    *,
+    budgets: Mapping[str, float],
+    runtime: str = "transformers",
+    size_tables: Sequence[SizeTable] = (),
+    size_target: str | None = None,
+    available: Booleans | None = None,
+) -> Problem:
+    """Return the problem that `allocate_table` solves; without budgets it limits nothing."""
+    return build_problem(
+        layers,
+        formats,
+        scores,
+        runtime=runtime,
+        budgets=budgets,
+        sizes=_limited_tables(size_tables, size_target),
+        available=available,
+    )
 
 
 def _limited_tables(tables: Sequence[SizeTable], target: str | None) -> Sequence[SizeTable]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,6 +65,57 @@ def overhead(problem: Problem, excess: list[int]) -> BudgetError:
     return BudgetError(
         f"{what}, headers included, and no smaller one was found. Raise the budget to that."
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Conflict:
+    """A budget, and how much of it the limit on the loss takes at least."""
+
+    resource: Resource
+    least: int
+
+
+def unreachable(
+    problem: Problem,
+    asked: str,
+    reached: float,
+    formats_reach: float | None,
+    conflicts: Sequence[Conflict],
+) -> BudgetError:
+    """Return the error for a limit on the loss that no mix within the other budgets keeps.
+
+    Args:
+        problem: with the other budgets.
+        asked: the limit, as in `max_predicted_kl = 0.05`.
+        reached: the least loss that was found within the other budgets.
+        formats_reach: the least without other budgets, None where that would do.
+        conflicts: other budgets that the limit alone exceeds.
+    """
+    names = ", ".join(problem.formats)
+    if formats_reach is not None:
+        return BudgetError(
+            f"budget {asked} cannot be met: with the formats {names} the least that these "
+            f"{len(problem.layers)} layers reach is {_rounded_up(formats_reach)}. Raise the budget "
+            "or add wider formats."
+        )
+    others = [c.resource for c in conflicts] or list(problem.resources)
+    within = " and ".join(map(_asked, others))
+    takes = " and ".join(f"{c.resource.name} {c.resource.figure(c.least)}" for c in conflicts)
+    return BudgetError(
+        f"budgets {asked} and {within} contradict each other: each can be met alone, but within "
+        f"{within} the least predicted KL is {_rounded_up(reached)}"
+        + (f", and {asked} takes at least {takes}" if takes else "")
+        + ". Raise one of them to that."
+    )
+
+
+def _rounded_up(loss: float) -> str:
+    """Write a loss with four digits, rounded up so that it can be asked for."""
+    if not (math.isfinite(loss) and loss > 0.0):
+        return f"{loss:g}"
+    unit = 10.0 ** (math.floor(math.log10(loss)) - 3)
+    steps = math.ceil(loss / unit)
+    return f"{(steps if steps * unit >= loss else steps + 1) * unit:.4g}"
 
 
 def _asked(resource: Resource) -> str:

@@ -338,7 +338,7 @@ def _resources(
                 f"budget size = {asked} came without a target: bytes are those of the files that a "
                 "target writes. Name one in `export`, or ask for bits_per_weight."
             )
-        return [_size_resource(problem, table, math.floor(limit), asked) for table in sizes]
+        return [size_resource(problem, table, math.floor(limit), asked) for table in sizes]
     entries = sum(layer.numel for layer in problem.layers)
     costs = group_costs(problem, cost_table(problem.layers, problem.formats, name))
     return [
@@ -346,7 +346,8 @@ def _resources(
     ]
 
 
-def _size_resource(problem: Problem, table: SizeTable, limit: int, asked: float) -> Resource:
+def size_resource(problem: Problem, table: SizeTable, limit: int, asked: float) -> Resource:
+    """Return the budget on the bytes of one target, exact at the mix of smallest formats."""
     shape = (len(problem.layers), len(problem.formats))
     if np.shape(table.costs) != shape:
         raise InputError(

@@ -12,11 +12,15 @@ from hawqkit.allocation import allocate_table
 from hawqkit.costs import Meter, available_bytes
 from hawqkit.pipeline.choosing import size_tables
 from hawqkit.pipeline.costing import Estimate, estimate
-from hawqkit.pipeline.inputs import describe_processes, load_inputs, probe_settings
+from hawqkit.pipeline.hessian_scores import open_curvature, rehearse
+from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings
 from hawqkit.pipeline.progress import track
+from hawqkit.pipeline.spectral import settings_of
 from hawqkit.recipe import Recipe
 from hawqkit.records import DataFacts, Layer, ModelFacts, Skipped
+from hawqkit.sensitivity.confidence import KlLimit
 from hawqkit.sensitivity.probing import Prober, weight_errors
+from hawqkit.spectrum.rehearsing import rehearse_spectrum
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class CheckResult:
         predicted: seconds by stage, and peak memory.
         available_bytes: memory that the device had free before the model was loaded.
         sizes: (format, bits per weight, target -> bytes) with every layer in that format.
+        budgets: limits on what a mix takes.
+        kl_limit: on its predicted KL, None if there is none.
         cache: what `cache` resolves to.
         batch: sequences of a micro-batch.
     """
@@ -38,6 +44,7 @@ class CheckResult:
     texts: dict[str, DataFacts]
     sizes: tuple[tuple[str, float, dict[str, int]], ...]
     budgets: dict[str, float]
+    kl_limit: KlLimit | None
     predicted: Estimate
     available_bytes: int
     cache: str
@@ -53,7 +60,9 @@ class CheckResult:
 def check(recipe: Recipe) -> CheckResult:
     """Load what a recipe names, refuse what would fail later, and measure one micro-batch twice.
 
-    Writes nothing. An impossible budget is refused here, as in a run.
+    Of the true Hessian's scores, if any is asked for, it measures one layer; of a spectrum it makes
+    two products with the whole matrix and two with a layer's. Writes nothing. An impossible budget
+    is refused here, as in a run.
     """
     processes = describe_processes()
     with Meter() as load:
@@ -62,12 +71,15 @@ def check(recipe: Recipe) -> CheckResult:
     free = available_bytes(device) + load.extra_bytes
     settings = probe_settings(recipe)
     prober = Prober(inputs.model, inputs.calibration, recipe.formats, settings)
+    curvature = open_curvature(recipe, inputs.model, inputs.calibration, prober.layers)
     with Meter(device) as rounding:
         prober.prepare(track)
     with prober:
         prober.measure(0)  # the first pass also pays for fresh memory, which the others do not
         with Meter(device) as batch:
             prober.measure(0)
+    curvature_seconds, curvature_peak = rehearse(curvature, device)
+    spectrum_seconds, spectrum_peak = _rehearse_spectrum(recipe, inputs, device)
     errors = weight_errors(prober.layers, recipe.formats, prober.errors)
     sizes = []
     for name in recipe.formats:
@@ -89,21 +101,33 @@ def check(recipe: Recipe) -> CheckResult:
         texts={name: text.facts for name, text in texts.items()},
         sizes=tuple(sizes),
         budgets=recipe.budget.limits(),
+        kl_limit=recipe.budget.kl_limit(),
         predicted=estimate(
             load_seconds=load.seconds,
             round_seconds=rounding.seconds,
             batch_seconds=batch.seconds,
-            peak_bytes=max(rounding.peak_bytes, batch.peak_bytes),
+            peak_bytes=max(rounding.peak_bytes, batch.peak_bytes, curvature_peak, spectrum_peak),
             batches=len(prober.mine),
             batch_tokens=prober.size * inputs.calibration.facts.length,
             validation_tokens=sum(t.facts.tokens for t in inputs.texts.values()),
             mixes=1 + len(recipe.validation.baselines),
+            curvature_seconds=curvature_seconds,
+            spectrum_seconds=spectrum_seconds,
         ),
         available_bytes=free,
         cache=prober.keep,
         batch=prober.size,
         checkpointing=settings.checkpointing,
     )
+
+
+def _rehearse_spectrum(recipe: Recipe, inputs: Inputs, device: str) -> tuple[float, int]:
+    """Return the seconds that the spectrum will take, and the peak of memory of one product."""
+    if recipe.spectrum is None or inputs.spectrum is None:
+        return 0.0, 0
+    with Meter(device) as meter:
+        seconds = rehearse_spectrum(inputs.model, inputs.spectrum, settings_of(recipe.spectrum))
+    return seconds, meter.peak_bytes
 
 
 def print_check(result: CheckResult, console: Console) -> None:
@@ -128,8 +152,11 @@ def print_check(result: CheckResult, console: Console) -> None:
     for name, bits, size in result.sizes:
         table.add_row(name, f"{bits:.3f}", *(f"{b / 1e6:.1f}" for b in size.values()))
     console.print(table)
-    budgets = ", ".join(f"{k} {v:g}" for k, v in result.budgets.items())
-    console.print(f"budget: {budgets}: possible")
+    if result.budgets:
+        budgets = ", ".join(f"{k} {v:g}" for k, v in result.budgets.items())
+        console.print(f"budget: {budgets}: possible")
+    if result.kl_limit is not None:
+        console.print(f"budget: {result.kl_limit}: whether it is possible, the probe will tell")
     stages = ", ".join(f"{k} {v:.0f} s" for k, v in result.predicted.seconds.items())
     console.print(f"predicted time: {result.predicted.total_seconds:.0f} s ({stages})")
     verdict = "fits" if result.fits else "does NOT fit"

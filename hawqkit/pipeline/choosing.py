@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +15,34 @@ from hawqkit.allocation import (
     allocate_table,
     keep_shares,
     make_baselines,
+    solve,
     sweep_frontier,
+    with_scores,
 )
 from hawqkit.errors import InputError
 from hawqkit.pipeline.folder import RunFolder
+from hawqkit.pipeline.kl_limit import find_smallest
+from hawqkit.pipeline.risk import compare_risk, risked
 from hawqkit.records import (
     Allocation,
     Floats,
     Frontier,
     Integers,
+    KlBudget,
     Layer,
+    Mix,
     ModelFacts,
     Prediction,
     Samples,
     Sensitivities,
     to_array,
+)
+from hawqkit.sensitivity.confidence import MAX_PREDICTED_KL, KlLimit
+from hawqkit.sensitivity.curvature_scores import (
+    CURVATURE_SCORES,
+    deviation_of,
+    lacking,
+    resample_shards,
 )
 from hawqkit.sensitivity.participation import participation_ratios
 from hawqkit.sensitivity.prediction import cross_fitted, predict
@@ -52,6 +65,7 @@ class ChoiceSettings:
 
     Attributes:
         budgets: `average_bits`, `bits_per_weight`, `size` (bytes) -> limit.
+        max_predicted_kl: asks for the smallest mix within this limit on the predicted KL.
         runtime: profile of layers that share a format.
         score: a score's name, or `auto`.
         risk: standard deviations added to each score.
@@ -71,32 +85,30 @@ class ChoiceSettings:
     baselines: Sequence[str] = ()
     draws: int = 0
     seed: int = field(default=0)
+    max_predicted_kl: KlLimit | None = None
+
+    def asked(self) -> dict[str, float]:
+        """Return every limit by its name, that on the KL in nats."""
+        limit = self.max_predicted_kl
+        return {**self.budgets, **({MAX_PREDICTED_KL: limit.value} if limit else {})}
 
 
 def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allocation, Frontier]:
     """Solve the allocation and say everything that is known of it.
 
     Where sequences were withheld, they predict the chosen mix and every baseline; the procedure is
-    cross-fitted over all sequences; stability resamples the choosing sequences by document.
+    cross-fitted over all sequences; stability resamples the choosing sequences by document. With
+    `max_predicted_kl` all of these are within the size that it led to.
 
     Raises:
         BudgetError: no mix fits the budgets; says what can be had.
-        InputError: a name is unknown, or `risk` needs what this run lacks.
+        InputError: a name is unknown, or `risk` or a confidence needs what this run lacks.
     """
-    name = resolve_score(settings.score, sensitivities.auto)
-    if name not in sensitivities.scores:
-        raise InputError(
-            f"score {name!r} is not in this table, which has {', '.join(sensitivities.scores)}; "
-            "it was probed with positions 0. Probe again, or choose another score."
-        )
-    score = sensitivities.scores[name]
-    ratios = to_array(sensitivities.participation_ratio)
-    table = with_risk(name, to_array(score.values), to_array(score.stderr), ratios, settings.risk)
+    name = _score_name(sensitivities, settings)
     tables = size_tables(
         settings.targets, sensitivities.layers, sensitivities.formats, sensitivities.model
     )
-    found = _solve(sensitivities, settings, table, tables)
-    samples: Samples | None = sensitivities.samples
+    found, kept = _solve(sensitivities, settings, name, tables)
     baselines, warnings = make_baselines(
         found.problem,
         list(settings.baselines),
@@ -104,25 +116,22 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         trace_scores=to_array(sensitivities.scores["trace"].values),
         size_tables=tables,
     )
+    other = compare_risk(sensitivities, found, name, settings.risk, tables)
+    if settings.draws and _indivisible(sensitivities, name):
+        warnings = (*warnings, f"stability is not known: {name} was measured in a single shard.")
     prediction = None
+    samples: Samples | None = sensitivities.samples
     if samples is not None and sensitivities.withheld:
         predicted = partial(predict, samples, sensitivities.layers, sensitivities.formats)
         prediction = _with_cross_fit(
-            sensitivities, samples, settings, name, predicted(found.layers)
+            sensitivities, samples, settings, name, found, predicted(found.layers)
         )
-        baselines = tuple(replace(b, prediction=predicted(b.layers)) for b in baselines)
-    stability = {}
-    if samples is not None and settings.draws:
-        stability = keep_shares(
-            found.problem,
-            found.solution.choice,
-            _resampler(sensitivities, samples, settings, name),
-            draws=settings.draws,
-            generator=np.random.default_rng(settings.seed),
-        )
+        baselines = tuple(_foretold(mix, predicted) for mix in baselines)
+        if other is not None:
+            other = replace(other, mix=_foretold(other.mix, predicted))
     allocation = Allocation(
         layers=found.layers,
-        budgets=dict(settings.budgets),
+        budgets=settings.asked(),
         totals=found.totals,
         runtime=settings.runtime,
         score=name,
@@ -130,12 +139,14 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         objective=found.solution.objective,
         certificate=found.solution.certificate,
         prediction=prediction,
-        stability=stability,
+        stability=_stability(sensitivities, settings, name, found),
         baselines=baselines,
         model=sensitivities.model.hash,
         sensitivities=sensitivities.fingerprint,
         rounding=sensitivities.rounding,
         warnings=warnings,
+        kl_budget=kept,
+        other_risk=other,
     )
     return allocation, sweep_frontier(found.problem, found.solution.choice)
 
@@ -147,22 +158,26 @@ def allocate_run(
     score: str | None = None,
     risk: float | None = None,
     output: str | Path | None = None,
+    max_predicted_kl: KlLimit | None = None,
 ) -> Allocation:
     """Choose again from a saved run, without torch; what is not given comes from its recipe.
 
     Args:
         folder: a run folder that the probe has written.
-        budgets: name -> limit, instead of the recipe's.
+        budgets: name -> limit of a size; these and `max_predicted_kl` replace all of the recipe's.
         runtime: profile, instead of the recipe's.
         score: score, instead of the recipe's.
         risk: standard deviations, instead of the recipe's.
         output: a file to write the allocation to, instead of the run's own allocation.json.
+        max_predicted_kl: the smallest mix within this limit on the predicted KL.
     """
     run = RunFolder(Path(folder))
     settings = recipe_choice(run)
+    if budgets or max_predicted_kl:
+        limits = dict(budgets or {})
+        settings = replace(settings, budgets=limits, max_predicted_kl=max_predicted_kl)
     settings = replace(
         settings,
-        budgets=dict(budgets) if budgets else settings.budgets,
         runtime=runtime or settings.runtime,
         score=score or settings.score,
         risk=settings.risk if risk is None else risk,
@@ -177,17 +192,17 @@ def allocate_run(
 def recipe_choice(run: RunFolder) -> ChoiceSettings:
     """Return how a run's recipe says to choose."""
     recipe = run.read_recipe()
+    counts = recipe.budget.size is not None or recipe.size_target is not None
     return ChoiceSettings(
         budgets=recipe.budget.limits(),
+        max_predicted_kl=recipe.budget.kl_limit(),
         runtime=recipe.runtime,
         score=recipe.sensitivity.score,
         risk=recipe.sensitivity.risk,
         targets=tuple(
-            dict.fromkeys(
-                (*recipe.export, *([recipe.counted_target()] if recipe.budget.size else []))
-            )
+            dict.fromkeys((*recipe.export, *([recipe.counted_target()] if counts else [])))
         ),
-        size_target=recipe.counted_target() if recipe.budget.size is not None else None,
+        size_target=recipe.counted_target() if counts else None,
         baselines=recipe.validation.baselines,
         draws=recipe.stability.draws,
         seed=recipe.sensitivity.seed,
@@ -214,13 +229,33 @@ def _exact_size(
     return int(find_target(target).size(mix, layers, facts))
 
 
+def _score_name(sensitivities: Sensitivities, settings: ChoiceSettings) -> str:
+    name = resolve_score(settings.score, sensitivities.auto)
+    if name not in sensitivities.scores:
+        raise InputError(lacking(name, sensitivities))
+    return name
+
+
 def _solve(
     sensitivities: Sensitivities,
     settings: ChoiceSettings,
-    table: Floats,
+    name: str,
     tables: Sequence[SizeTable],
-) -> Allocated:
-    return allocate_table(
+) -> tuple[Allocated, KlBudget | None]:
+    table = risked(sensitivities, name, settings.risk)
+    limit = settings.max_predicted_kl
+    if limit is not None:
+        return find_smallest(
+            sensitivities,
+            limit,
+            name,
+            table,
+            budgets=settings.budgets,
+            runtime=settings.runtime,
+            size_tables=tables,
+            size_target=settings.size_target,
+        )
+    found = allocate_table(
         sensitivities.layers,
         sensitivities.formats,
         table,
@@ -229,6 +264,11 @@ def _solve(
         size_tables=tables,
         size_target=settings.size_target,
     )
+    return found, None
+
+
+def _foretold(mix: Mix, predicted: Callable[[Mapping[str, str]], Prediction]) -> Mix:
+    return replace(mix, prediction=predicted(mix.layers))
 
 
 def _table_from(
@@ -254,13 +294,16 @@ def _with_cross_fit(
     samples: Samples,
     settings: ChoiceSettings,
     name: str,
+    found: Allocated,
     prediction: Prediction,
 ) -> Prediction:
+    """Cross-fit the choice within the budgets, and within the size that a limit on the KL gave."""
+    if name in CURVATURE_SCORES:
+        return prediction  # it is not made from the sequences that folds are cut from
+
     def mix_from(rows: Integers) -> Mapping[str, str]:
         table = _table_from(sensitivities, samples, settings, name, rows)
-        return _solve(
-            sensitivities, settings, table, _needed_tables(sensitivities, settings)
-        ).layers
+        return found.problem.mix(solve(with_scores(found.problem, table)).choice)
 
     value, stderr = cross_fitted(samples, sensitivities.layers, sensitivities.formats, mix_from)
     if not np.isfinite([value, stderr]).all():
@@ -268,13 +311,25 @@ def _with_cross_fit(
     return replace(prediction, cross_fitted=value, cross_fitted_stderr=stderr)
 
 
-def _needed_tables(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[SizeTable, ...]:
-    """Return byte tables only where bytes are limited; counting them costs time in resamples."""
-    if settings.size_target is None:
-        return ()
-    return size_tables(
-        [settings.size_target], sensitivities.layers, sensitivities.formats, sensitivities.model
+def _stability(
+    sensitivities: Sensitivities, settings: ChoiceSettings, name: str, found: Allocated
+) -> dict[str, float]:
+    samples: Samples | None = sensitivities.samples
+    if samples is None or not settings.draws or _indivisible(sensitivities, name):
+        return {}
+    return keep_shares(
+        found.problem,
+        found.solution.choice,
+        _resampler(sensitivities, samples, settings, name),
+        draws=settings.draws,
+        generator=np.random.default_rng(settings.seed),
     )
+
+
+def _indivisible(sensitivities: Sensitivities, name: str) -> bool:
+    """Whether a score was measured in one piece, of which there is nothing to draw again."""
+    curvature = sensitivities.curvature
+    return name in CURVATURE_SCORES and curvature is not None and len(curvature.counts) < 2
 
 
 def _resampler(
@@ -290,6 +345,12 @@ def _resampled(
     name: str,
     generator: np.random.Generator,
 ) -> Floats:
+    if name in CURVATURE_SCORES:
+        values = resample_shards(sensitivities, name, generator)
+        stderr = to_array(sensitivities.scores[name].stderr)
+        ratios = to_array(sensitivities.participation_ratio)
+        own = deviation_of(sensitivities, name)
+        return with_risk(name, values, stderr, ratios, settings.risk, own)
     rows = np.flatnonzero(samples.withheld == 0)
     weights = bootstrap_weights(samples.document[rows], generator)
     return _table_from(sensitivities, samples, settings, name, rows, weights)

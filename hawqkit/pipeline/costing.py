@@ -53,6 +53,8 @@ def estimate(
     batch_tokens: int,
     validation_tokens: int,
     mixes: int,
+    curvature_seconds: float = 0.0,
+    spectrum_seconds: float = 0.0,
 ) -> Estimate:
     """Predict a run from what its beginning took.
 
@@ -65,6 +67,8 @@ def estimate(
         batch_tokens: tokens of a micro-batch.
         validation_tokens: tokens of all held-out texts.
         mixes: mixes that validation measures.
+        curvature_seconds: the scores of the true Hessian, 0 where none is asked for.
+        spectrum_seconds: the spectrum, 0 where it is not asked for.
     """
     passes = validation_tokens / max(batch_tokens, 1) * (1 + mixes)
     seconds = {
@@ -73,6 +77,10 @@ def estimate(
         "allocate, export, report": FIXED_SECONDS,
         "validate": passes * batch_seconds * FORWARD_SHARE + round_seconds / 6 * mixes,
     }
+    if curvature_seconds > 0:
+        seconds["curvature"] = curvature_seconds
+    if spectrum_seconds > 0:
+        seconds["spectrum"] = spectrum_seconds
     return Estimate(seconds, peak_bytes)
 
 

@@ -16,6 +16,7 @@ from hawqkit.records import (
     Spectrum,
     Validation,
 )
+from hawqkit.sensitivity.confidence import MAX_PREDICTED_KL
 from hawqkit.store import (
     read_densities,
     read_record,
@@ -46,6 +47,11 @@ class RunFolder:
     def journal(self) -> Path:
         """Folder of the probe's journal."""
         return self.path / "probe"
+
+    @property
+    def curvature_journal(self) -> Path:
+        """Folder of the journals of the true Hessian's scores, one folder a score."""
+        return self.path / "curvature"
 
     @property
     def sensitivities(self) -> Path:
@@ -147,11 +153,14 @@ class RunFolder:
                 f"{self.allocation}: was chosen from other sensitivities than those beside it; "
                 f"{advice}"
             )
-        odd = [f"{k} = {v:g}" for k, v in allocation.budgets.items() if k not in BUDGETS or v <= 0]
+        known = (*BUDGETS, MAX_PREDICTED_KL)
+        odd = [f"{k} = {v:g}" for k, v in allocation.budgets.items() if k not in known or v <= 0]
         if odd:
             raise StateMismatch(f"{self.allocation}: has the budget {odd[0]}; {advice}")
         names = {layer.name for layer in table.layers}
-        for mix in (allocation.layers, *(baseline.layers for baseline in allocation.baselines)):
+        others = [baseline.layers for baseline in allocation.baselines]
+        others += [allocation.other_risk.mix.layers] if allocation.other_risk else []
+        for mix in (allocation.layers, *others):
             odd = sorted(names ^ set(mix))
             if odd:
                 problem = "lacks" if odd[0] in names else "names a layer that is not measured:"

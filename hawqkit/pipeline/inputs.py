@@ -27,7 +27,7 @@ from hawqkit.recipe import (
 )
 from hawqkit.recipe.consistency import BUILTIN
 from hawqkit.records import Layer, ModelFacts
-from hawqkit.sensitivity.probing import ProbeSettings, fitting_layers
+from hawqkit.sensitivity.probing import ProbeSettings, fitting_layers, micro_batch_size
 from hawqkit.spectrum.measuring import resolve_layers
 from hawqkit.targets import find_target
 from hawqkit.targets.contract import capped
@@ -69,6 +69,8 @@ def load_inputs(recipe: Recipe) -> Inputs:
             texts[name] = load_text(section, model, getattr(section, "withheld", 0))
         except InputError as error:
             problems.append(error)
+    if "calibration" in texts:
+        problems += _without_pairs(recipe, texts["calibration"], model)
     spectrum = None
     if recipe.spectrum is not None:
         try:
@@ -151,6 +153,8 @@ def refuse_impossible(recipe: Recipe, layers: Sequence[Layer], facts: ModelFacts
     Raises:
         BudgetError: says what can be had.
     """
+    if not recipe.budget.limits():
+        return  # which KL can be had is known after the probe
     counted = [recipe.counted_target()] if recipe.budget.size is not None else []
     allocate_table(
         layers,
@@ -161,6 +165,26 @@ def refuse_impossible(recipe: Recipe, layers: Sequence[Layer], facts: ModelFacts
         size_tables=size_tables(counted, layers, recipe.formats, facts),
         size_target=counted[0] if counted else None,
     )
+
+
+def _without_pairs(recipe: Recipe, text: Sequences, model: LoadedModel) -> list[HawqkitError]:
+    """Return the problem of a confidence where no two sequences are measured side by side.
+
+    The participation ratio that it needs comes from pairs of sequences of one micro-batch.
+    """
+    limit = recipe.budget.kl_limit()
+    if limit is None or limit.quantile == 0:
+        return []
+    size = micro_batch_size(recipe.sensitivity.batch, text.facts.length, model.device.type)
+    if size > 1:
+        return []
+    return [
+        InputError(
+            f"budget.{limit} needs the participation ratio of the whole network, which comes from "
+            "pairs of sequences of one micro-batch, and micro-batches hold one: set "
+            "sensitivity.batch to 2 or more, or ask for confidence 0.5."
+        )
+    ]
 
 
 def load_text(section: TextSection, model: LoadedModel, withheld: int = 0) -> Sequences:

@@ -15,6 +15,7 @@ from hawqkit.pipeline.choosing import choose, recipe_choice
 from hawqkit.pipeline.costing import Estimate, Ledger, estimate
 from hawqkit.pipeline.exporting import refuse_other_model
 from hawqkit.pipeline.folder import RunFolder
+from hawqkit.pipeline.hessian_scores import add_curvature, open_curvature
 from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings, settle
 from hawqkit.pipeline.progress import speaker, track
 from hawqkit.pipeline.reporting import print_end, report_run
@@ -110,9 +111,8 @@ def _ledger(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> Ledger:
 
 
 def _probe(stage: _Stage) -> Sensitivities:
-    """Probe, or take what is there of the same fingerprint."""
+    """Probe, or take what is there, and add the scores of the true Hessian that are asked for."""
     inputs, folder = stage.inputs, stage.folder
-    device = str(inputs.model.device)
     prober = Prober(
         inputs.model,
         inputs.calibration,
@@ -120,14 +120,23 @@ def _probe(stage: _Stage) -> Sensitivities:
         probe_settings(stage.recipe),
         folder.journal,
     )
-    # Not before the journal has been found to be of this model, text and seed: a folder that is
+    # Not before the journals have been found to be of this model, text and seed: a folder that is
     # refused stays as it was.
+    curvature = open_curvature(
+        stage.recipe, inputs.model, inputs.calibration, prober.layers, folder.curvature_journal
+    )
     load = stage.load
     stage.ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
     finished = _finished(folder, prober.fingerprint)
     if finished is not None:
         stage.console.print("probe: taken from the run folder, nothing has changed")
-        return finished
+    found = finished if finished is not None else _measured(stage, prober)
+    return add_curvature(found, curvature, str(inputs.model.device), stage.ledger, stage.console)
+
+
+def _measured(stage: _Stage, prober: Prober) -> Sensitivities:
+    """Take every micro-batch of the probe, and note what it cost."""
+    device = str(stage.inputs.model.device)
     measured = 0
     with Meter(device) as meter:
         with Meter(device) as rounding:

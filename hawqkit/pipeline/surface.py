@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from hawqkit.allocation import BASELINES, BUDGETS
 from hawqkit.errors import InputError, did_you_mean
 from hawqkit.pipeline.choosing import ChoiceSettings, choose
 from hawqkit.records import Allocation, Sensitivities, Validation
+from hawqkit.sensitivity.confidence import KlLimit
 from hawqkit.targets import find_target
 
 if TYPE_CHECKING:
@@ -24,10 +25,20 @@ def allocate(
     risk: float = 0.0,
     baselines: Sequence[str] = BASELINES,
     draws: int = 32,
-    size_target: str = "compressed-tensors",
+    size_target: str | None = None,
+    max_predicted_kl: float | Mapping[str, float] | None = None,
     **budgets: float,
 ) -> Allocation:
     """Choose the format of every layer: minimize the summed score within all budgets, exactly.
+
+    With `max_predicted_kl` it is the size that is minimized: the smallest mix whose predicted KL
+    stays at or below the limit,
+
+        kl + z sqrt((spread kl)^2 + stderr^2) <= value
+
+    with z the one-sided normal quantile of the confidence, `spread` the relative deviation of the
+    KL under random rounding, sqrt(2 / participation ratio of the network), and `stderr` the
+    standard error of the prediction. `kl_budget` of the result holds the figures.
 
     Args:
         sensitivities: from `probe`, or read from a run folder.
@@ -36,7 +47,10 @@ def allocate(
         risk: standard deviations added to every score.
         baselines: other mixes to predict beside the chosen one.
         draws: resampled probes for stability; 0 leaves it out.
-        size_target: the target whose bytes `size` limits.
+        size_target: the target whose bytes `size` limits (by default `compressed-tensors`) or
+            `max_predicted_kl` makes small (by default no target's: the stored bits of the layers).
+        max_predicted_kl: nats; or `{"value": 0.05, "confidence": 0.9}`, by default 0.5, which
+            limits the prediction itself.
         **budgets: `average_bits`, `bits_per_weight`, `size` (bytes); several hold together.
 
     Raises:
@@ -49,18 +63,34 @@ def allocate(
             f"unknown budget {unknown[0]!r}: known are {', '.join(BUDGETS)}."
             + did_you_mean(unknown[0], BUDGETS)
         )
-    sized = "size" in budgets
+    if "size" in budgets and size_target is None:
+        size_target = "compressed-tensors"
     settings = ChoiceSettings(
         budgets=budgets,
+        max_predicted_kl=_kl_limit(max_predicted_kl),
         runtime=runtime,
         score=score,
         risk=risk,
-        targets=(size_target,) if sized else (),
-        size_target=size_target if sized else None,
+        targets=(size_target,) if size_target else (),
+        size_target=size_target,
         baselines=baselines,
         draws=draws,
     )
     return choose(sensitivities, settings)[0]
+
+
+def _kl_limit(given: float | Mapping[str, float] | None) -> KlLimit | None:
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        given = {"value": given}
+    unknown = set(given) - {"value", "confidence"}
+    if unknown or "value" not in given:
+        raise InputError(
+            f"max_predicted_kl has the keys {', '.join(map(str, given)) or 'none'}; it takes a "
+            "value and may take a confidence, as in {'value': 0.05, 'confidence': 0.9}."
+        )
+    return KlLimit(**given)
 
 
 def validate(

@@ -32,9 +32,11 @@ def contradictions(parts: Mapping[str, Any]) -> list[Problem]:
     budget, formats = parts.get("budget"), parts.get("formats")
     if budget is not None and formats is not None:
         found += _impossible(budget, formats)
-    if budget is not None and budget.size is None and parts.get("size_target") is not None:
+    counts = budget is None or budget.size is not None or budget.max_predicted_kl is not None
+    if not counts and parts.get("size_target") is not None:
         message = (
-            "says whose bytes budget.size counts, and there is no budget.size; leave this out."
+            "says whose bytes budget.size counts or max_predicted_kl makes small, and there is "
+            "neither; leave this out."
         )
         found.append((("size_target",), message))
     sensitivity = parts.get("sensitivity")
@@ -43,7 +45,23 @@ def contradictions(parts: Mapping[str, Any]) -> list[Problem]:
         if score in NEEDS_POSITIONS:
             message = f"the score {score} is made from sampled positions; ask for at least 1."
             found.append((("sensitivity", "positions"), message))
-    return found
+    return found + _curvature_problems(parts)
+
+
+def _curvature_problems(parts: Mapping[str, Any]) -> list[Problem]:
+    """Compare what the true Hessian is measured on with the text that there is."""
+    sensitivity, calibration = parts.get("sensitivity"), parts.get("calibration")
+    if sensitivity is None or calibration is None or not sensitivity.curvature_scores():
+        return []
+    wanted = sensitivity.curvature.sequences
+    if wanted <= calibration.sequences:
+        return []
+    message = (
+        f"{', '.join(sensitivity.curvature_scores())} would be measured on {wanted} of the "
+        f"calibration's sequences, and it has {calibration.sequences} that choose; ask for fewer "
+        "here, or for more there."
+    )
+    return [(("sensitivity", "curvature", "sequences"), message)]
 
 
 def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:

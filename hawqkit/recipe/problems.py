@@ -28,6 +28,7 @@ _WANTED = {
     "string_too_short": "text that is not empty",
     "greater_than": "a number above {gt:g}",
     "greater_than_equal": "a number of at least {ge:g}",
+    "less_than": "a number below {lt:g}",
 }
 
 _KINDS: tuple[tuple[type, str], ...] = (

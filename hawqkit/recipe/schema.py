@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -20,6 +21,7 @@ from hawqkit.recipe.consistency import BUILTIN, contradictions
 from hawqkit.recipe.document import show_path, write_yaml
 from hawqkit.recipe.values import (
     SIZED_TARGETS,
+    CurvatureScoreName,
     Device,
     FormatName,
     LayerChoice,
@@ -34,7 +36,10 @@ from hawqkit.recipe.values import (
     TextName,
     distinct,
     distinct_numbers,
+    parse_kl_limit,
 )
+from hawqkit.sensitivity.confidence import DEFAULT_CONFIDENCE, MAX_PREDICTED_KL, KlLimit
+from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 
 
 class Section(BaseModel):
@@ -124,6 +129,36 @@ class LayersSection(Section):
     )
 
 
+class CurvatureSection(Section):
+    """What the scores of the true Hessian may cost; used where one of them is asked for."""
+
+    sequences: StrictInt = Field(
+        default=4, ge=1, description="of the calibration sequences that choose, the first so many"
+    )
+    length: StrictInt = Field(default=64, ge=2, description="tokens that each of them is cut to")
+    shards: StrictInt = Field(
+        default=4, ge=1, description="parts of them, measured one by one; errors over text need two"
+    )
+    relative_error: Positive = Field(
+        default=0.1, description="of a trace's standard error and an eigenvalue's residual"
+    )
+    max_probes: StrictInt = Field(
+        default=4, ge=2, description="random vectors of a layer's trace in a shard, at most"
+    )
+    max_products: StrictInt = Field(
+        default=32, ge=2, description="products of a layer's eigenvalue in a shard, at most"
+    )
+
+    @model_validator(mode="after")
+    def _sequences_for_shards(self) -> Self:
+        if self.shards > self.sequences:
+            raise ValueError(
+                f"{self.shards} shards need as many sequences, and there are {self.sequences}; use "
+                "fewer shards or more sequences."
+            )
+        return self
+
+
 class SensitivitySection(Section):
     """How sensitivities are measured and which score decides."""
 
@@ -142,6 +177,29 @@ class SensitivitySection(Section):
     )
     seed: StrictInt = Field(default=0, ge=0, description="seed of the labels that the model draws")
     risk: Number = Field(default=0.0, ge=0, description="standard deviations added to every score")
+    also: Annotated[tuple[CurvatureScoreName, ...], AfterValidator(distinct)] = Field(
+        default=(),
+        description="scores of the true Hessian to measure beside the one that decides",
+    )
+    curvature: CurvatureSection = Field(
+        default=CurvatureSection(), description="what the scores of the true Hessian may cost"
+    )
+
+    def curvature_scores(self) -> tuple[str, ...]:
+        """Return the scores of the true Hessian that are measured: as decider, or beside it."""
+        return tuple(n for n in CURVATURE_SCORES if n == self.score or n in self.also)
+
+
+class KlLimitSection(Section):
+    """A limit on the predicted KL, and how sure it must hold."""
+
+    value: Positive = Field(description="nats, the mean over predictions")
+    confidence: Number = Field(
+        default=DEFAULT_CONFIDENCE,
+        ge=0.5,
+        lt=1,
+        description="that the KL stays below; 0.5 limits the prediction itself",
+    )
 
 
 class BudgetSection(Section):
@@ -156,10 +214,17 @@ class BudgetSection(Section):
     size: Size | None = Field(
         default=None, description="bytes of the files: 80MB, 0.5GiB, or a number"
     )
+    max_predicted_kl: Annotated[
+        KlLimitSection | None,
+        BeforeValidator(parse_kl_limit, json_schema_input_type=float | str | KlLimitSection | None),
+    ] = Field(
+        default=None,
+        description="the smallest mix whose predicted KL stays below: 0.05, 0.05@0.9, or a mapping",
+    )
 
     @model_validator(mode="after")
     def _some_limit(self) -> Self:
-        if not self.limits():
+        if not self.limits() and self.max_predicted_kl is None:
             raise ValueError(
                 "names no limit; a recipe needs at least one of "
                 f"{', '.join(type(self).model_fields)}, like budget: {{average_bits: 4.0}}."
@@ -167,8 +232,14 @@ class BudgetSection(Section):
         return self
 
     def limits(self) -> dict[str, float]:
-        """Return the limits that are set, by name; `size` in bytes."""
-        return {k: v for k, v in self.model_dump().items() if v is not None}
+        """Return the limits on what a mix takes that are set, by name; `size` in bytes."""
+        taken = self.model_dump(exclude={MAX_PREDICTED_KL})
+        return {k: v for k, v in taken.items() if v is not None}
+
+    def kl_limit(self) -> KlLimit | None:
+        """Return the limit on the predicted KL, if one is set."""
+        limit = self.max_predicted_kl
+        return None if limit is None else KlLimit(limit.value, limit.confidence)
 
 
 class ValidateSection(Section):
@@ -253,7 +324,8 @@ class Recipe(Section):
     )
     budget: BudgetSection = Field(description="the limits, as in budget: {average_bits: 4.0}")
     size_target: SizedTargetName | None = Field(
-        default=None, description="target whose bytes budget.size counts"
+        default=None,
+        description="target whose bytes budget.size counts, or max_predicted_kl makes small",
     )
     export: Annotated[tuple[TargetName, ...], AfterValidator(distinct)] = Field(
         default=("compressed-tensors", "bits"), description="targets to write"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Annotated
 
@@ -13,6 +13,7 @@ from hawqkit.errors import InputError
 from hawqkit.formats import format_names, parse_format
 from hawqkit.recipe.problems import unknown_name
 from hawqkit.runtimes import RUNTIMES
+from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 from hawqkit.sensitivity.scores import score_names
 from hawqkit.targets import TARGETS
 
@@ -21,6 +22,8 @@ HELD_OUT = "held-out"  # the name of the held-out text among those that validati
 SIZED_TARGETS = ("compressed-tensors",)
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_NUMBER = r"\s*(\d+\.?\d*(?:[eE]-?\d+)?|\.\d+)\s*"
+_KL_LIMIT = re.compile(f"{_NUMBER}(?:@{_NUMBER})?")
 _UNITS = {"B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate(("k", "M", "G", "T"))}}
 _UNITS |= {"KB": 1000, **{p + "iB": 1024 ** (i + 1) for i, p in enumerate(("K", "M", "G", "T"))}}
 
@@ -48,6 +51,30 @@ def parse_bytes(size: int | str) -> int:
         hint = f" Did you mean '{number}{near[0]}'?" if near else ""
         raise ValueError(f"{size!r} has the unknown unit {unit!r}; {allowed}{hint}")
     return int(Decimal(number) * _UNITS[unit])
+
+
+def parse_kl_limit(limit: object) -> Mapping[str, object] | None:
+    """Read a limit on the predicted KL: a number of nats, `0.05@0.9`, or the mapping as it is.
+
+    >>> parse_kl_limit(0.05), parse_kl_limit("0.05@0.9")
+    ({'value': 0.05}, {'value': 0.05, 'confidence': 0.9})
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if limit is None or isinstance(limit, Mapping):
+        return limit
+    if isinstance(limit, int | float) and not isinstance(limit, bool):
+        return {"value": limit}
+    match = _KL_LIMIT.fullmatch(limit) if isinstance(limit, str) else None
+    if match is None:
+        came = repr(limit) if isinstance(limit, str) else f"a {type(limit).__name__}"
+        raise ValueError(
+            f"{came} is no limit on the KL; allowed: a number of nats, as in 0.05, with a "
+            "confidence 0.05@0.9, or {value: 0.05, confidence: 0.9}."
+        )
+    value, confidence = match.groups()
+    return {"value": float(value), **({"confidence": float(confidence)} if confidence else {})}
 
 
 def _one_of(what: str, names: Sequence[str]) -> Callable[[str], str]:
@@ -133,6 +160,11 @@ LayerChoice = Annotated[
 ]
 FormatName = Annotated[StrictStr, AfterValidator(_format), _enum(format_names())]
 ScoreName = Annotated[StrictStr, AfterValidator(_one_of("score", _SCORES)), _enum(_SCORES)]
+CurvatureScoreName = Annotated[
+    StrictStr,
+    AfterValidator(_one_of("score of the true Hessian", CURVATURE_SCORES)),
+    _enum(CURVATURE_SCORES),
+]
 RuntimeName = Annotated[StrictStr, AfterValidator(_one_of("runtime", _RUNTIMES)), _enum(_RUNTIMES)]
 TargetName = Annotated[StrictStr, AfterValidator(_one_of("target", _TARGETS)), _enum(_TARGETS)]
 SizedTargetName = Annotated[

@@ -43,6 +43,13 @@ prediction minus the sum.
 Spread: How far, relatively, the KL divergence of a mix would scatter if its rounding errors were
 random: √(2 / participation ratio of the whole network).
 
+Confidence of a limit on the KL: How sure the KL divergence is to stay below the limit, over the
+luck of rounding (spread) and of the sequences that predict (standard error). At 0.5 the
+prediction itself is limited.
+
+Risk: How many standard deviations are added to every score before the choice, so that layers whose
+loss is least certain get more bits.
+
 Trace: Sum of the curvatures of a layer's block of the Fisher matrix: how strongly predictions
 react when all its weights are jiggled at random.
 
@@ -57,15 +64,13 @@ Gauss-Newton matrix: The part of the Hessian (second derivatives of the loss) th
 outputs are taken as linear in the weights. For a softmax it is the Fisher matrix, and half its
 quadratic form is the KL divergence to second order; it has no negative eigenvalues.
 
-Numerical rank, degeneracy: How many eigenvalues are eps or more in magnitude, and the share of
-all n that are not: directions in which the loss is flat as far as eps can tell.
-
-Effective ranks: Stable rank |A|²_F / λ²_1, tr / λ_1, participation ratio tr² / |A|²_F, entropy
-rank: each answers in its own way over how many directions the curvature is spread. They can
-differ by a factor of 100 on one spectrum.
-
 Noise floor: The eigenvalue that rounding alone can feign in this model's products. What lies below
 it cannot be told from zero.
+
+Rank and degeneracy: The numerical rank counts the eigenvalues of a layer's curvature that are at
+least eps in magnitude; the degeneracy is the share of all others: directions along which the
+weights may move without effect. Stable rank, tr / λ₁, participation ratio and entropy rank are
+other numbers that are called rank; they can differ by a factor of 100, so that each is named.
 
 Frontier, proven bound: The least predicted loss at every size. The bound is proven: no mix of
 these formats has a smaller sum of scores at that size.

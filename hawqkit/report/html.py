@@ -22,6 +22,7 @@ from hawqkit.records import (
     Validation,
 )
 from hawqkit.report import figures, wording
+from hawqkit.report.choice import budget_sentences, risk_view, spread_sentence
 from hawqkit.report.comparison import (
     agreements,
     compare,
@@ -32,6 +33,7 @@ from hawqkit.report.comparison import (
 )
 from hawqkit.report.glossary import GLOSSARY
 from hawqkit.report.headline import make_headline, model_name, original_bytes
+from hawqkit.report.layer_curvature import curvature_columns
 from hawqkit.report.spectral_section import spectrum_view
 from hawqkit.report.usage import make_usage
 from hawqkit.store import write_text_atomic
@@ -114,6 +116,10 @@ def render_report(
         "shifts": _shifts(validation),
         "doubtful": _doubtful(allocation),
         "low": _low_layers(allocation),
+        "budget": budget_sentences(allocation) if allocation is not None else (),
+        "spread": spread_sentence(allocation),
+        "risk": risk_view(sensitivities, allocation),
+        "columns": curvature_columns(sensitivities, allocation, spectrum),
         "usage": make_usage(allocation, exports),
         "warnings": _warnings(sensitivities, allocation, validation, spectrum),
         "spectrum": spectrum_view(spectrum) if spectrum is not None else None,

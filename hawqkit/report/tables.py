@@ -22,6 +22,7 @@ from hawqkit.records import (
     Spectrum,
     Validation,
 )
+from hawqkit.report.choice import risk_view, spread_sentence
 from hawqkit.report.comparison import (
     Row,
     agreements,
@@ -30,6 +31,7 @@ from hawqkit.report.comparison import (
     target_names,
     texts_of,
 )
+from hawqkit.report.layer_curvature import curvature_table
 from hawqkit.report.spectral_tables import spectrum_tables
 from hawqkit.report.terminal import add_columns, new_table
 from hawqkit.report.wording import (
@@ -84,6 +86,10 @@ def print_summary(
     if sensitivities is not None:
         parts.append(sensitivities_table(sensitivities, allocation))
         parts.append(layers_table(sensitivities, allocation, full=full, width=console.width))
+        if spectrum is not None and spectrum.blocks:
+            parts.append(curvature_table(sensitivities, allocation, spectrum, full=full))
+    if allocation is not None and sensitivities is not None:
+        parts += risk_parts(sensitivities, allocation, full=full)
     if spectrum is not None:
         parts += spectrum_tables(spectrum, full=full)
     if provenance is not None and provenance.costs:
@@ -97,13 +103,15 @@ def print_summary(
 
 def result_tables(
     allocation: Allocation | None, validation: Validation | None = None
-) -> list[Table]:
+) -> list[RenderableType]:
     """Return the result against the baselines: sizes and prediction, then a table for each text."""
     rows = compare(allocation, validation)
     if not rows:
         return []
+    spread = spread_sentence(allocation)
     return [
         *_sizes_tables(rows),
+        *([Text(f"{spread}\n")] if spread else []),
         *(_text_table(rows, text) for text in texts_of(validation)),
     ]
 
@@ -215,6 +223,31 @@ def sensitivities_table(
             f"{layer.numel / 1e6:.2f}M",
         )
     return table
+
+
+def risk_parts(
+    sensitivities: Sensitivities, allocation: Allocation, *, full: bool = False
+) -> list[RenderableType]:
+    """Return what another risk would choose: sentences, and the layers that change."""
+    view = risk_view(sensitivities, allocation)
+    if view is None:
+        return []
+    about = Text(f"{view.sentences[-1]}\n")
+    if not view.changes:
+        return [about]
+    table = new_table("Layers that another risk stores in another format")
+    add_columns(table, "layer", *view.heads, "one unit\nadds", "participation\nratio")
+    prefix = common_prefix([layer.name for layer in sensitivities.layers])
+    for index in _shown(len(view.changes), full):
+        if index is None:
+            hidden = len(view.changes) - 2 * ENDS
+            table.add_row(Text(f"{ELLIPSIS} {hidden} more", style="italic"))
+            continue
+        change = view.changes[index]
+        name = Text(shorten(change.layer[len(prefix) :], 24))
+        formats = (Text(shorten(f, 14)) for f in (change.chosen, change.other))
+        table.add_row(name, *formats, change.deviation, change.ratio)
+    return [about, table]
 
 
 def cost_table(costs: Mapping[str, Cost]) -> Table:

@@ -46,8 +46,8 @@ def make_usage(
         found += _target(target, str(folder))
     if allocation is not None:
         name, limit = next(iter(sorted(allocation.budgets.items())), ("average_bits", 4.0))
-        size = name == "size"
-        other = f"{limit * 1.1 / 1e6:.0f}MB" if size else f"{limit + 0.5:g}"
+        others = {"size": f"{limit * 1.1 / 1e6:.0f}MB", "max_predicted_kl": f"{limit / 2:g}"}
+        other = others.get(name, f"{limit + 0.5:g}")
         found.append(
             Usage(
                 "Choose again",

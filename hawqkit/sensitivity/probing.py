@@ -19,6 +19,8 @@ from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.errors_of import LayerErrors, make_errors
 from hawqkit.quantize.rounding import scale_dtype_for
 from hawqkit.records import SCHEMA, Floats, Layer, Samples, Sensitivities, Skipped
+from hawqkit.sensitivity.curvature_probe import CurvatureProbe, CurvatureSettings
+from hawqkit.sensitivity.curvature_scores import with_curvature
 from hawqkit.sensitivity.dual_probe import DualProbe
 from hawqkit.sensitivity.summary import summarize
 from hawqkit.store import Arrays, fingerprint
@@ -69,6 +71,8 @@ def probe(
     formats: Sequence[str],
     *,
     settings: ProbeSettings | None = None,
+    also: Sequence[str] = (),
+    curvature: CurvatureSettings | None = None,
     folder: str | Path | None = None,
     track: Track = untracked,
 ) -> Sensitivities:
@@ -81,6 +85,9 @@ def probe(
         batches: from `load_batches`; sequences flagged `withheld` enter predictions alone.
         formats: names, for instance `["int3-g64", "int4-g64"]`.
         settings: see `ProbeSettings`.
+        also: scores of the true Hessian to measure too, `hessian-trace` and `top-eigenvalue`; they
+            need second derivatives and cost many times the probe.
+        curvature: what those may cost; see `CurvatureSettings`.
         folder: of the journal, so that a killed probe goes on where it stopped; None keeps none.
         track: wraps the micro-batches to show progress, `(items, stage, total) -> items`.
 
@@ -88,17 +95,27 @@ def probe(
         the table of every score, with `samples` attached.
 
     Raises:
-        InputError: no formats, an unknown one, or one named twice.
-        Unsupported: a format does not fit a layer (and misfits are refused).
+        InputError: no formats, an unknown one, or one named twice; `also` names another score.
+        Unsupported: a format does not fit a layer (and misfits are refused), or a score of `also`
+            needs derivatives that the model does not have.
         NumericalError: weights or gradients are not finite.
         StateMismatch: the journal belongs to another model, data, format list or seed.
     """
     prober = Prober(model, batches, formats, settings or ProbeSettings(), folder)
+    beside = None
+    if also:
+        home = Path(folder) / "curvature" if folder is not None else None
+        beside = CurvatureProbe(model, batches, prober.layers, also, curvature, home)
     prober.prepare(track)
     with prober:
         for number in track(prober.mine, "probe", len(prober.mine)):
             prober.measure(number)
-    return prober.finish()
+    found = prober.finish()
+    if beside is None:
+        return found
+    for piece in track(beside.pieces, "curvature", len(beside.pieces)):
+        beside.measure(piece)
+    return with_curvature(found, beside.finish())
 
 
 class Prober:

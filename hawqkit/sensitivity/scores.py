@@ -16,12 +16,14 @@ import numpy as np
 
 from hawqkit.errors import InputError, did_you_mean
 from hawqkit.records import Floats, Integers, Samples
+from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES, HESSIAN_TRACE
 from hawqkit.statistics import Sums, cluster_sums, jackknife
 
 # Weight of the token score in the geometric mean `shrunk`, and the best score: docs/scores.md has
 # the comparison that decided both.
 SHRINKAGE = 0.75
 AUTO = "token"
+ISOTROPIC = ("trace", "weight-error", HESSIAN_TRACE)  # they take dW as random
 
 
 def _per_numel(s: Sums, facts: Facts) -> Floats:
@@ -98,7 +100,7 @@ SCORES: dict[str, Callable[[Sums, Facts], Floats]] = {
 
 def score_names() -> tuple[str, ...]:
     """Return every name that a recipe may ask for."""
-    return ("auto", *SCORES)
+    return ("auto", *SCORES, *CURVATURE_SCORES)
 
 
 def resolve_score(name: str, auto: str = AUTO) -> str:
@@ -109,7 +111,7 @@ def resolve_score(name: str, auto: str = AUTO) -> str:
     """
     if name == "auto":
         return auto
-    if name not in SCORES:
+    if name not in score_names():
         raise InputError(
             f"unknown score {name!r}: known are {', '.join(score_names())}."
             + did_you_mean(name, score_names())
@@ -153,25 +155,39 @@ def evaluate_totals(name: str, sums: Sums, facts: Facts) -> Floats:
 
 
 def with_risk(
-    name: str, values: Floats, stderr: Floats, participation: Floats, risk: float
+    name: str,
+    values: Floats,
+    stderr: Floats,
+    participation: Floats,
+    risk: float,
+    deviation: Floats | None = None,
 ) -> Floats:
     """Add `risk` standard deviations to a score (L, F).
 
-    For scores that take dW as random (`trace`, `weight-error`) the deviation of `dW' G dW` about
-    its mean is `sqrt(2 / participation ratio)`, relative: a layer of low effective rank is a risky
-    bet at the same trace. For scores that know dW it is their own standard error.
+    For scores that take dW as random (`trace`, `weight-error`, `hessian-trace`) the deviation of
+    `dW' G dW` about its mean is `sqrt(2 / participation ratio)`, relative: a layer of low effective
+    rank is a risky bet at the same trace. A score may bring a deviation of its own, as
+    `top-eigenvalue` does, over shards of the text. For the others, which know dW, it is their own
+    standard error.
 
     Raises:
         InputError: `risk` is positive and a deviation is not known.
     """
     if risk == 0:
         return values
-    isotropic = name in ("trace", "weight-error")
-    deviation = values * np.sqrt(2 / participation)[:, None] if isotropic else stderr
+    isotropic = name in ISOTROPIC
+    what = "participation ratio" if isotropic else "standard error"
+    advice = "use more sequences, micro-batches of at least two, or risk 0."
+    if isotropic:
+        deviation = values * np.sqrt(2 / participation)[:, None]
+    elif deviation is not None:
+        what = "deviation over shards of the text"
+        advice = "set sensitivity.curvature.shards to 2 or more, or use risk 0."
+    else:
+        deviation = stderr
     if not np.isfinite(deviation[np.isfinite(values)]).all():
         raise InputError(
-            f"risk {risk:g} needs the {'participation ratio' if isotropic else 'standard error'} "
-            "of every layer, and this run has too few sequences for it; use more sequences, "
-            "micro-batches of at least two, or risk 0."
+            f"risk {risk:g} needs the {what} of every layer, and this run has too few sequences "
+            f"for it; {advice}"
         )
     return values + risk * deviation
