@@ -85,7 +85,8 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not launched():
         return tensor
-    total = tensor.detach().clone()
+    # Memory is summed as it lies, and one process may hold a transposed view, another may not.
+    total = torch.clone(tensor.detach(), memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total)
     return total
 

@@ -48,6 +48,15 @@ def test_what_a_recipe_leaves_out_has_the_documented_default(tmp_path: Path) -> 
         "positions": 16,
         "seed": 0,
         "risk": 0.0,
+        "also": (),
+        "curvature": {
+            "sequences": 4,
+            "length": 64,
+            "shards": 4,
+            "relative_error": 0.1,
+            "max_probes": 4,
+            "max_products": 32,
+        },
     }
     assert recipe.export == ("compressed-tensors", "bits")
     assert recipe.validation.baselines == ("uniform", "ends", "weight-error", "hawq-v2")
