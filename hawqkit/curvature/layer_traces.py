@@ -76,7 +76,8 @@ def layer_traces(
         layers: see `choose_layers`.
         relative_error: a layer stops when its standard error is this share of its value's
             magnitude.
-        max_probes: it stops here at the latest, and its note says so.
+        max_probes: it stops here at the latest, and its note says so. A probe that is divided into
+            parts of the outputs takes three products; `products` counts them.
         seed: of the probes.
         kind: `hessian` or `gauss-newton`.
         memory_bytes: what the probes of a pass may take together; None is half of the free memory.

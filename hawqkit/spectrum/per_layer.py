@@ -1,4 +1,4 @@
-"""Every layer's diagonal block in turn: top eigenpairs, density, rank."""
+"""Every layer's diagonal block in turn: top eigenpairs, density, rank, Frobenius norm."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from hawqkit.curvature.layers import Chosen, layer_operators
 from hawqkit.curvature.objective import Objective
 from hawqkit.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from hawqkit.estimators.ranks import deflated_density, rank
+from hawqkit.estimators.traces import frobenius_norm
 from hawqkit.models.model import LoadedModel
-from hawqkit.records import Density, Ranks
+from hawqkit.records import Density, Estimate, Ranks
 
 
 def layer_top_eigenpairs(
@@ -112,5 +113,42 @@ def layer_ranks(
     operators = layer_operators(model, objective, batches, layers=layers, kind=kind)
     return {
         name: rank(op, eps, relative=relative, top=top, steps=steps, draws=draws, seed=seed)
+        for name, op in operators.items()
+    }
+
+
+def layer_frobenius_norms(
+    model: nn.Module | LoadedModel,
+    objective: Objective,
+    batches: Iterable[Any],
+    *,
+    layers: Chosen = None,
+    kind: str = "hessian",
+    relative_error: float = 0.05,
+    products: int = 1024,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Return the Frobenius norm of every layer's block, `{layer: |H_ll|_F}`.
+
+    With the trace it gives the participation ratio `tr^2 / |H_ll|_F^2`. All data share a probe:
+    with probes of examples, which `layer_traces` has, the mean of `|H_ll v|^2` would be the sum of
+    the examples' squared norms.
+
+    Args:
+        model: a network in eval mode.
+        objective: the loss.
+        batches: as for `hessian`.
+        layers: see `choose_layers`; None takes all.
+        kind: `hessian` or `gauss-newton`.
+        relative_error: as for `frobenius_norm`.
+        products: of each layer, at most.
+        seed: of the probes.
+
+    Raises:
+        InputError: a layer is unknown, or an option is out of its range.
+    """
+    operators = layer_operators(model, objective, batches, layers=layers, kind=kind)
+    return {
+        name: frobenius_norm(op, relative_error=relative_error, products=products, seed=seed)
         for name, op in operators.items()
     }
