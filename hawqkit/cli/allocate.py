@@ -103,6 +103,8 @@ def _kept(kept: KlBudget) -> list[str]:
     sure = f" with confidence {kept.confidence:g}" if kept.quantile else ""
     limit = f"KL stays below {kept.upper:.5f} nats{sure}, within the limit {kept.value:g}"
     lines = [f"{limit}; smallest in {kept.minimized}: {kept.amount:,}"]
+    if kept.amount_bound < kept.amount:
+        lines.append(f"no mix of less than {kept.amount_bound:,} does")
     if kept.smaller_amount is not None and kept.smaller_upper is not None:
         lines.append(f"the best of {kept.smaller_amount:,} would reach {kept.smaller_upper:.5f}")
     return lines

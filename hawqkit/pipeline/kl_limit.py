@@ -92,6 +92,7 @@ def _record(
         sequences=forecast.sequences,
         minimized=what,
         amount=found.amount,
+        amount_bound=found.bound,
         score_limit=found.solution.objective,
         smaller_amount=amount,
         smaller_score=score,

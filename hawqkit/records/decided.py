@@ -79,7 +79,8 @@ class KlBudget:
         upper = kl + quantile sqrt((spread kl)^2 + kl_stderr^2)    must be at most `value`
 
     Of every size the mix of smallest summed score is found exactly; the smallest size at which that
-    mix keeps the limit is chosen. So no smaller mix has a summed score of `score_limit` or less.
+    mix keeps the limit is chosen. No mix of less than `amount_bound` has a summed score of
+    `score_limit` or less, and the best one there does not keep the limit.
 
     Attributes:
         value: the limit as asked, in nats.
@@ -93,8 +94,9 @@ class KlBudget:
         sequences: how many.
         minimized: what was made small, `bytes of TARGET` or `stored bits`.
         amount: what the mix takes of it; headers of files stay outside.
+        amount_bound: proven lower bound on it; `amount` itself, or less by at most 1e-5 of it.
         score_limit: summed score of the chosen mix, in nats: what the solver kept the sum below.
-        smaller_amount: of the best mix that is smaller, None where there is none.
+        smaller_amount: of the best mix of less than `amount_bound`, None where there is none.
         smaller_score: its summed score, above `score_limit`.
         smaller_upper: its upper limit, above `value`.
         solves: allocations that were solved.
@@ -111,6 +113,7 @@ class KlBudget:
     sequences: int
     minimized: str
     amount: int
+    amount_bound: int
     score_limit: float
     smaller_amount: int | None = None
     smaller_score: float | None = None

@@ -147,10 +147,12 @@ def _kept(kept: KlBudget) -> list[str]:
         first = f"The KL is predicted as {predicted} nats ({source})."
     if kept.smaller_amount is None or kept.smaller_upper is None or kept.smaller_score is None:
         return [first, "No mix is smaller: every layer is in its smallest format."]
+    gap = (kept.amount - kept.amount_bound) / kept.amount if kept.amount > 0 else 0.0
+    proven = f"less than {kept.amount_bound:,} (relative gap {significant(gap, 2)})"
     second = (
-        f"It takes {kept.amount:,} {clean(kept.minimized)}. No smaller mix has a summed score of "
-        f"{significant(kept.score_limit)} nats or less: the best of {kept.smaller_amount:,} has "
-        f"{significant(kept.smaller_score)}, and its KL is only known to stay below "
+        f"It takes {kept.amount:,} {clean(kept.minimized)}. No mix of {proven} has a summed score "
+        f"of {significant(kept.score_limit)} nats or less: the best, of {kept.smaller_amount:,}, "
+        f"has {significant(kept.smaller_score)}, and its KL is only known to stay below "
         f"{significant(kept.smaller_upper)}."
     )
     return [first, second]
