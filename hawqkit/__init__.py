@@ -44,7 +44,12 @@ if TYPE_CHECKING:
     from hawqkit.spectrum.gradient_share import gradient_share, gradient_shares
     from hawqkit.spectrum.landscape import loss_landscape
     from hawqkit.spectrum.outliers import outliers
-    from hawqkit.spectrum.per_layer import layer_densities, layer_ranks, layer_top_eigenpairs
+    from hawqkit.spectrum.per_layer import (
+        layer_densities,
+        layer_frobenius_norms,
+        layer_ranks,
+        layer_top_eigenpairs,
+    )
 
 __version__ = "0.1.0"
 
@@ -78,6 +83,7 @@ _HOMES = {
     "gradient_shares": "hawqkit.spectrum.gradient_share",
     "hessian": "hawqkit.curvature.hessian",
     "layer_densities": "hawqkit.spectrum.per_layer",
+    "layer_frobenius_norms": "hawqkit.spectrum.per_layer",
     "layer_ranks": "hawqkit.spectrum.per_layer",
     "layer_top_eigenpairs": "hawqkit.spectrum.per_layer",
     "layer_traces": "hawqkit.curvature.layer_traces",
@@ -126,6 +132,7 @@ __all__ = [
     "gradient_shares",
     "hessian",
     "layer_densities",
+    "layer_frobenius_norms",
     "layer_ranks",
     "layer_top_eigenpairs",
     "layer_traces",

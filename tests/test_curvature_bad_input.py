@@ -318,6 +318,32 @@ def test_auto_says_what_it_took_and_what_was_not_possible() -> None:
         hessian(model, cross_entropy(), case.batches, products="autograd").matvec(v)
 
 
+@pytest.mark.parametrize("measure", ["product", "traces"])
+def test_a_severed_derivative_is_seen_also_where_the_loss_is_linear(measure: str) -> None:
+    """Then torch leaves no node that raises: the gradient just has no graph, as for a constant."""
+
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Once.apply(self.inner(x))
+
+    model = oracles.filled(Squares().double())
+    batches = [(oracles.noise(3, 5, seed=1), torch.zeros(3))]
+    linear = Objective(outputs=lambda m, b: m(b[0]), loss=lambda z, b: (z.sum(), len(z)))
+    if measure == "traces":
+        with pytest.raises(Unsupported, match="once_differentiable"):
+            layer_traces(model, linear, batches)
+        return
+    op = hessian(model, linear, batches)
+    assert op.backend == "difference"
+    x = torch.cat([batches[0][0], torch.ones(3, 1).double()], 1)
+    block = 2 * x.T @ x / 3  # of each output's weights and bias; the parameters lie otherwise
+    assert op.dense().trace() == pytest.approx(float(4 * block.trace()), rel=1e-6)
+
+
 def test_plain_operators_keep_the_laws() -> None:
     A = oracles.noise(6, 6, seed=1)
     A = A + A.T

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_alone, run_on_two
 
 SCRIPT = """
 import json, sys
@@ -45,22 +43,8 @@ finish()
 def test_two_processes_give_the_products_of_one(tmp_path: Path) -> None:
     script = tmp_path / "products.py"
     script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for prefix, words in (("one", []), ("two", launcher)):
-        done = subprocess.run(
-            [sys.executable, *words, str(script), str(tmp_path / prefix)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+    run_alone(str(script), str(tmp_path / "one"))
+    run_on_two(str(script), str(tmp_path / "two"))
     one = json.loads((tmp_path / "one0").read_text())
     both = [json.loads((tmp_path / f"two{i}").read_text()) for i in range(2)]
     assert [f.pop("processes") for f in (one, *both)] == [1, 2, 2]

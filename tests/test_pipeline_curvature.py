@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pico
 import pytest
 import torch
 from command_line import RECIPE, contents, invoke, refuse, sets, succeed
+from processes import run_on_two
 
 from hawqkit.journal import Journal
 from hawqkit.pipeline.folder import RunFolder
@@ -193,16 +191,7 @@ def test_a_small_text_is_no_problem_where_no_such_score_is_asked_for(here: Path)
 
 @pytest.mark.timeout(400)  # an interpreter for each of two processes, on cores that others use
 def test_two_processes_give_what_one_gives(made: Path, here: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "hawqkit", *PROBE],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_two("-m", "hawqkit", *PROBE)
     assert json.loads((here / "run/provenance.json").read_text())["processes"] == 2
     one, two = (table(f / "run").curvature for f in (made, here))
     assert one is not None

@@ -18,6 +18,7 @@ import command_line
 import numpy as np
 import pico
 import pytest
+from processes import run_on_two
 
 from hawqkit.records import Sensitivities, to_array
 from hawqkit.store import read_record
@@ -45,19 +46,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.mark.timeout(400)  # an interpreter for each of two processes, on cores that others use
 def test_two_processes_give_what_one_gives(home: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *PROBE, "pico.yaml", "-o", "two"],
-        cwd=home,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes on cpu" in done.stdout
+    assert "2 processes on cpu" in run_on_two(*PROBE, "pico.yaml", "-o", "two", folder=home)
     assert json.loads((home / "two/provenance.json").read_text())["processes"] == 2
     one, two = (read_record(home / n / "sensitivities.json", Sensitivities) for n in ("one", "two"))
     assert one.fingerprint == two.fingerprint

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 import pico
 import pytest
 import torch
+from processes import run_on_two
 from torch import Tensor, nn
 
 import hawqkit as hk
@@ -326,21 +324,11 @@ finish()
 """
 
 
-@pytest.mark.timeout(300)  # two interpreters that import torch, on cores that others use
+@pytest.mark.timeout(400)  # two interpreters that import torch, on cores that others use
 def test_two_processes_measure_the_landscape_of_one(tmp_path: Path) -> None:
     script = tmp_path / "landscape.py"
     script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(Path(__file__).parent),
-    }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(tmp_path / "two")],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_two(str(script), str(tmp_path / "two"))
     case = oracles.mlp()
     both = [json.loads((tmp_path / f"two{i}").read_text()) for i in range(2)]
     assert [found.pop("processes") for found in both] == [2, 2]

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import pico
 import pytest
 import torch
 from command_line import RECIPE, contents, invoke, refuse, sets, succeed
+from processes import run_on_two
 
 from hawqkit.estimators.lanczos import Lanczos
 from hawqkit.journal import Journal
@@ -234,16 +232,7 @@ def test_two_processes_give_what_one_gives(here: Path) -> None:
         "spectrum.layers=['*.0.attn.*']",
     )
     succeed(*SPECTRUM[:3], "one", *settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "hawqkit", *SPECTRUM[:3], "two", *settings],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_two("-m", "hawqkit", *SPECTRUM[:3], "two", *settings)
     assert json.loads((here / "two/provenance.json").read_text())["processes"] == 2
     one, two = (RunFolder(here / name).read_spectrum() for name in ("one", "two"))
     assert one is not None

@@ -264,7 +264,7 @@ def _gradients(
         head, outputs, seed, create_graph=twice, retain_graph=True, allow_unused=True
     )
     if twice:
-        refuse_severed(found)
+        refuse_severed(found, head)
     for place, gradient in zip(places, found, strict=True):
         gradients[place] = gradient
     return gradients

@@ -29,7 +29,7 @@ from hawqkit.store import write_text_atomic
 
 # What a product with the matrix over all weights takes, in gradients: SmolLM2 on two CPU cores, by
 # benchmarks/hessian_products.py. A layer's takes less, so the sum is an upper bound.
-PASSES = {"hessian": 3.4, "gauss-newton": 2.6}
+PASSES = {"hessian": 2.9, "gauss-newton": 2.5}
 
 
 def run_spectrum(recipe: Recipe, folder: str | Path) -> None:

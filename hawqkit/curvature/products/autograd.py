@@ -7,12 +7,13 @@ is linear in u, so its derivative by u, applied to v, is `J v`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hawqkit.curvature.products.contract import Backend, Problem, Sums, beside, independent, parts
 
@@ -91,7 +92,7 @@ def gradient_graph(problem: Problem, batch: Any) -> Graph:
     gradients: Sequence[Tensor | None] = [None] * len(wanted.names)
     if total.requires_grad:
         gradients = torch.autograd.grad(total, wanted.tensors, create_graph=True, allow_unused=True)
-    refuse_severed(gradients)
+    refuse_severed(gradients, total)
     named = dict(zip(wanted.names, gradients, strict=True))
     return Graph(named, float(total.detach()), float(count), versions)
 
@@ -139,33 +140,65 @@ def linear_backward(
         return None
     u = torch.zeros_like(z, requires_grad=True)
     gradients = torch.autograd.grad(z, parameters, u, create_graph=True, allow_unused=True)
-    refuse_severed(gradients)
+    refuse_severed(gradients, z)
     return u, list(gradients)
 
 
-def refuse_severed(gradients: Sequence[Tensor | None]) -> None:
+def refuse_severed(gradients: Sequence[Tensor | None], head: Tensor) -> None:
     """Refuse gradients whose graph ends at a function marked `once_differentiable`.
 
     Such a function leaves a node that raises when it is reached, but that nothing leads away from,
     so torch takes what lies behind it for unused, and the derivative would be silently incomplete.
+    Where what comes in has no derivative, under a loss that is linear, it leaves no node at all; so
+    the graph of the head is searched for the function itself too.
+
+    Args:
+        gradients: with their graphs.
+        head: what they are gradients of.
 
     Raises:
-        RuntimeError: there is one; the message names what leads to it.
+        RuntimeError: there is one; the message names it, or what leads to it.
     """
-    waiting = [g.grad_fn for g in gradients if g is not None and g.grad_fn is not None]
-    seen = set(waiting)
+    for node, following in _edges([head]):
+        if _is_once_differentiable(following):
+            raise RuntimeError(_severed(node, following))
+    for node, following in _edges(gradients):
+        if following.name().endswith("::Error"):
+            raise RuntimeError(_severed(node, following))
+
+
+def _edges(tensors: Sequence[Tensor | None]) -> Iterator[tuple[Any, Any]]:
+    """Yield each node of a graph once, with one that leads to it: (which, node)."""
+    waiting: list[tuple[Any, Any]] = [
+        (None, t.grad_fn) for t in tensors if t is not None and t.grad_fn is not None
+    ]
+    seen = {node for _, node in waiting}
     while waiting:
-        node = waiting.pop()
+        before, node = waiting.pop()
+        yield before, node
         for following, _ in node.next_functions:
-            if following is None or following in seen:
-                continue
-            if following.name().endswith("::Error"):
-                raise RuntimeError(
-                    "a function of the model is marked once_differentiable, so its backward pass "
-                    f"has no derivative (reached from {node.name()})"
-                )
-            seen.add(following)
-            waiting.append(following)
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append((node, following))
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    """Whether a node is of a Python function whose backward pass torch's decorator wraps."""
+    made = getattr(node, "_forward_cls", None)
+    wrapper = getattr(getattr(made, "backward", None), "__code__", None)
+    return wrapper is not None and wrapper is once_differentiable(_nothing).__code__
+
+
+def _nothing(ctx: Any, *gradients: Any) -> None:
+    """Stand for a backward pass, to see what the decorator makes of one."""
+
+
+def _severed(before: Any, node: Any) -> str:
+    reached = "" if before is None else f" (reached from {before.name()})"
+    return (
+        "a function of the model is marked once_differentiable, so its backward pass has no "
+        f"derivative: {node.name()}{reached}"
+    )
 
 
 def multiply(
