@@ -99,12 +99,12 @@ def describe(allocation: Allocation) -> str:
 
 
 def _kept(kept: KlBudget) -> list[str]:
-    """Say how the limit on the KL was kept, and why no mix is smaller."""
+    """Say how the limit on the KL was kept, and what the next smaller mix would do."""
     sure = f" with confidence {kept.confidence:g}" if kept.quantile else ""
     limit = f"KL stays below {kept.upper:.5f} nats{sure}, within the limit {kept.value:g}"
     lines = [f"{limit}; smallest in {kept.minimized}: {kept.amount:,}"]
     if kept.amount_bound < kept.amount:
-        lines.append(f"no mix of less than {kept.amount_bound:,} does")
+        lines.append(f"the best mix of less than {kept.amount_bound:,} does not keep it")
     if kept.smaller_amount is not None and kept.smaller_upper is not None:
         lines.append(f"the best of {kept.smaller_amount:,} would reach {kept.smaller_upper:.5f}")
     return lines
