@@ -179,27 +179,28 @@ def _alone(
     layers = [n for n, use in uses.items() if len(use.inputs) == len(use.output) == 2]
     weights = {n: maps[n].module.get_parameter("weight") for n in layers}
     outputs = [uses[n].output for n in layers]
-    far = {n: maps[n].matrix(torch.zeros_like(weights[n])) for n in layers}
-    scale, touched = dict.fromkeys(layers, 0.0), set()
-    for row in range(2):
-        seed = torch.zeros_like(u)
-        seed[row] = u[row]
-        found = torch.autograd.grad(
-            z, [*outputs, *weights.values()], seed, retain_graph=True, allow_unused=True
-        )
-        pairs = zip(found[: len(layers)], found[len(layers) :], strict=True)
-        for name, (d, g) in zip(layers, pairs, strict=True):
-            if d is None or g is None or bool(d[1 - row].any()):
-                touched.add(name)
-                continue
-            X, D = maps[name].columns(uses[name].inputs), maps[name].rows(d)
-            far[name] = far[name] + maps[name].matrix(g) - torch.einsum("bpo,bpi->oi", D, X)
-            scale[name] += norm([D]) * norm([X])
-    return {
-        n: maps[n]
-        for n in layers
-        if n not in touched and norm([far[n]]) <= _rounding(weights[n]) * scale[n]
-    }
+    found = _gradients_of(z, u, 0, outputs)
+    touching = {n for n, d in zip(layers, found, strict=True) if d is None or bool(d[1].any())}
+    # What a weight's gradient is made of is the same for every example: one shows it.
+    found = _gradients_of(z, u, 1, [*outputs, *weights.values()])
+    alone = {}
+    for name, d, g in zip(layers, found[: len(layers)], found[len(layers) :], strict=True):
+        if name in touching or d is None or g is None or bool(d[0].any()):
+            continue
+        X, D = maps[name].columns(uses[name].inputs)[1], maps[name].rows(d)[1]
+        far = norm([maps[name].matrix(g) - D.T @ X])
+        if far <= _rounding(weights[name]) * norm([D]) * norm([X]):
+            alone[name] = maps[name]
+    return alone
+
+
+def _gradients_of(
+    z: Tensor, u: Tensor, row: int, inputs: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of one example's outputs along u."""
+    seed = torch.zeros_like(u)
+    seed[row] = u[row]
+    return torch.autograd.grad(z, inputs, seed, retain_graph=True, allow_unused=True)
 
 
 def _rounding(tensor: Tensor) -> float:

@@ -23,13 +23,16 @@ from hawqkit.pipeline.inputs import (
 from hawqkit.pipeline.progress import notices, speaker, track
 from hawqkit.recipe import Recipe, SpectrumSection
 from hawqkit.records import Cost, Spectrum
+from hawqkit.report.wording import duration
 from hawqkit.spectrum.blocks import BlockSettings
 from hawqkit.spectrum.measuring import SpectrumSettings, batches_of, measure_spectrum
+from hawqkit.spectrum.rehearsing import rehearse_spectrum
 from hawqkit.store import write_text_atomic
 
 # What a product with the matrix over all weights takes, in gradients: SmolLM2 on two CPU cores, by
 # benchmarks/hessian_products.py. A layer's takes less, so the sum is an upper bound.
 PASSES = {"hessian": 2.9, "gauss-newton": 2.5}
+LONG = 60.0  # seconds from which it is said beforehand what a spectrum takes
 
 
 def run_spectrum(recipe: Recipe, folder: str | Path) -> None:
@@ -76,6 +79,8 @@ def measure(
 ) -> Spectrum | None:
     """Measure, or go on, and write the record; None in processes other than the main one."""
     kept = _entries(run)
+    if distributed.gather(kept == 0)[0]:
+        _foretell(section, model, text, console)
     with notices(), Meter(str(model.device)) as meter:
         found = measure_spectrum(
             model, text, settings_of(section), folder=run.spectrum_journal, track=track
@@ -95,6 +100,18 @@ def measure(
         passes = products * PASSES[found.kind] * sum(1 for _ in batches_of(text, found.kind))
         ledger.note("spectrum", Cost(meter.seconds, passes, meter.peak_bytes))
     return found
+
+
+def _foretell(
+    section: SpectrumSection, model: LoadedModel, text: Sequences, console: Console
+) -> None:
+    """Say before the first block what all of them will take; every process must come here."""
+    seconds = rehearse_spectrum(model, text, settings_of(section))
+    if seconds >= LONG:
+        console.print(
+            f"spectrum: about {duration(seconds)}, by a few products; spectrum.layers, draws, "
+            "steps, top and sequences make it shorter"
+        )
 
 
 def settings_of(section: SpectrumSection) -> SpectrumSettings:
