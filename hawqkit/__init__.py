@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from hawqkit.spectrum.deep_linear import deep_linear_ranks, measure_deep_linear_ranks
     from hawqkit.spectrum.gradient_share import gradient_share, gradient_shares
     from hawqkit.spectrum.landscape import loss_landscape
+    from hawqkit.spectrum.measuring import SpectrumSettings, measure_spectrum
     from hawqkit.spectrum.outliers import outliers
     from hawqkit.spectrum.per_layer import (
         layer_densities,
@@ -68,6 +69,7 @@ _HOMES = {
     "Provenance": "hawqkit.records",
     "Sensitivities": "hawqkit.records",
     "Spectrum": "hawqkit.records",
+    "SpectrumSettings": "hawqkit.spectrum.measuring",
     "Validation": "hawqkit.records",
     "allocate": "hawqkit.pipeline.surface",
     "class_decomposition": "hawqkit.spectrum.class_structure",
@@ -91,6 +93,7 @@ _HOMES = {
     "load_model": "hawqkit.models.loading",
     "loss_landscape": "hawqkit.spectrum.landscape",
     "measure_deep_linear_ranks": "hawqkit.spectrum.deep_linear",
+    "measure_spectrum": "hawqkit.spectrum.measuring",
     "outliers": "hawqkit.spectrum.outliers",
     "probe": "hawqkit.sensitivity.probing",
     "rank": "hawqkit.estimators.ranks",
@@ -116,6 +119,7 @@ __all__ = [
     "Provenance",
     "Sensitivities",
     "Spectrum",
+    "SpectrumSettings",
     "Validation",
     "__version__",
     "allocate",
@@ -140,6 +144,7 @@ __all__ = [
     "load_model",
     "loss_landscape",
     "measure_deep_linear_ranks",
+    "measure_spectrum",
     "outliers",
     "probe",
     "rank",

@@ -178,6 +178,16 @@ def test_check_predicts_its_time_and_writes_nothing(here: Path) -> None:
     assert "spectrum" not in succeed("check", "r.yaml").stdout
 
 
+def test_a_long_spectrum_says_beforehand_what_it_takes(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hawqkit.pipeline.spectral.LONG", 0.0)
+    options = ("--set", "spectrum.global=false", "--set", "spectrum.draws=2")
+    assert "spectrum: about" in succeed("spectrum", "r.yaml", "-o", "run", *options).stdout
+    again = succeed("spectrum", "run").stdout
+    assert "spectrum: about" not in again  # there is nothing left to do
+
+
 def test_a_hessians_negative_eigenvalues_are_shown(here: Path) -> None:
     options = ("--set", "spectrum.kind=hessian", "--set", "spectrum.global=false")
     shown = succeed("spectrum", "r.yaml", "-o", "run", *options).stdout
