@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hawqkit.estimators.ranks import rank
     from hawqkit.estimators.traces import trace
     from hawqkit.models.batches import load_batches
+    from hawqkit.models.examples import Examples, make_examples
     from hawqkit.models.loading import load_model
     from hawqkit.models.model import wrap_model
     from hawqkit.pipeline.surface import allocate, export, validate
@@ -60,6 +61,7 @@ _HOMES = {
     "Allocation": "hawqkit.records",
     "Density": "hawqkit.records",
     "Estimate": "hawqkit.records",
+    "Examples": "hawqkit.models.examples",
     "Frontier": "hawqkit.records",
     "HawqkitError": "hawqkit.errors",
     "InputError": "hawqkit.errors",
@@ -92,6 +94,7 @@ _HOMES = {
     "load_batches": "hawqkit.models.batches",
     "load_model": "hawqkit.models.loading",
     "loss_landscape": "hawqkit.spectrum.landscape",
+    "make_examples": "hawqkit.models.examples",
     "measure_deep_linear_ranks": "hawqkit.spectrum.deep_linear",
     "measure_spectrum": "hawqkit.spectrum.measuring",
     "outliers": "hawqkit.spectrum.outliers",
@@ -110,6 +113,7 @@ __all__ = [
     "Allocation",
     "Density",
     "Estimate",
+    "Examples",
     "Frontier",
     "HawqkitError",
     "InputError",
@@ -143,6 +147,7 @@ __all__ = [
     "load_batches",
     "load_model",
     "loss_landscape",
+    "make_examples",
     "measure_deep_linear_ranks",
     "measure_spectrum",
     "outliers",

@@ -157,7 +157,7 @@ def test_an_interrupt_says_how_to_go_on(here: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_real_interrupt_ends_with_130(here: Path) -> None:
     (here / "r.yaml").write_text(SOUND)
-    # A job that a script starts in the background inherits an ignored SIGINT, and so would this one.
+    # A job that a script puts in the background ignores SIGINT, and what it starts inherits that.
     code = (
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time\nfrom hawqkit import pipeline\nfrom hawqkit.cli import main\n"

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from hawqkit.errors import DataError, InputError
-from hawqkit.models.batches import Sequences
+from hawqkit.models.batch import Data
 
 
 class Batches:
     """Re-iterable batches that are checked to be the same ones in every pass.
 
     Args:
-        source: any re-iterable of batches (a list, a `DataLoader`), or `Sequences`, which are taken
-            one at a time, without those that are withheld. For more sequences a batch give
+        source: any re-iterable of batches (a list, a `DataLoader`), or `Data`, of which examples
+            are taken one at a time, without those that are withheld. For more of them a batch give
             `list(sequences.micro_batches(4))`.
         ordered: whether their order must be the same in every pass too.
 
@@ -27,7 +27,7 @@ class Batches:
     """
 
     def __init__(self, source: Iterable[Any], *, ordered: bool = False) -> None:
-        if isinstance(source, Sequences):
+        if isinstance(source, Data):
             chosen = torch.nonzero(~source.withheld)[:, 0].tolist()
             source = [source.micro_batch([row]) for row in chosen]
         if not isinstance(source, Iterable) or isinstance(source, (Tensor, Mapping, str)):

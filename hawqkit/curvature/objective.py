@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hawqkit.errors import InputError
+from hawqkit.models.batch import FIRST
 from hawqkit.models.batches import MicroBatch
+from hawqkit.models.examples import ExampleBatch
 
 IGNORED = -100  # label of a prediction that does not count, as in torch and transformers
 
@@ -187,7 +189,11 @@ def _width(z: Tensor) -> int:
 
 def _call(model: nn.Module, batch: Any) -> Tensor:
     """Run the model on a batch and return its outputs or logits."""
-    if isinstance(batch, MicroBatch):
+    if isinstance(batch, ExampleBatch):
+        arguments = dict(batch.tensors)
+        first = [arguments.pop(FIRST)] if FIRST in arguments else []
+        result = model(*first, **arguments)
+    elif isinstance(batch, MicroBatch):
         keywords: dict[str, Any] = {"input_ids": batch.tokens, "attention_mask": batch.attention}
         result = model(**keywords, **_without_cache(model))
     elif isinstance(batch, Mapping):
@@ -246,6 +252,8 @@ def _causal(model: nn.Module) -> bool:
 
 def _targets(batch: Any) -> Tensor | None:
     """Return a batch's labels as they came, None where a language model predicts its inputs."""
+    if isinstance(batch, ExampleBatch):
+        return batch.labels
     if isinstance(batch, MicroBatch):
         return torch.where(batch.counted, batch.tokens, IGNORED)
     if isinstance(batch, Mapping):

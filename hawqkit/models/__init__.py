@@ -6,26 +6,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hawqkit.models.batch import Batch, Data
     from hawqkit.models.batches import Sequences, load_batches
+    from hawqkit.models.examples import Examples, make_examples
     from hawqkit.models.layers import find_layers
     from hawqkit.models.loading import load_model
     from hawqkit.models.model import LoadedModel, wrap_model
 
 _HOMES = {
+    "Batch": "batch",
+    "Data": "batch",
+    "Examples": "examples",
     "LoadedModel": "model",
     "Sequences": "batches",
     "find_layers": "layers",
     "load_batches": "batches",
     "load_model": "loading",
+    "make_examples": "examples",
     "wrap_model": "model",
 }
 
 __all__ = [
+    "Batch",
+    "Data",
+    "Examples",
     "LoadedModel",
     "Sequences",
     "find_layers",
     "load_batches",
     "load_model",
+    "make_examples",
     "wrap_model",
 ]
 

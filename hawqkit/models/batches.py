@@ -6,14 +6,16 @@ Letters in shapes: S sequences, T tokens of the longest one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hawqkit.errors import DataError, InputError, did_you_mean
+from hawqkit.models.batch import Batch, Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.models.packing import Encoder, Supply, Tokens, cut_packed, cut_padded
 from hawqkit.models.texts import Documents, load_documents
@@ -21,7 +23,7 @@ from hawqkit.records import DataFacts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sequences:
+class Sequences(Data):
     """Calibration or held-out text as tokens; sequences that only predict come last.
 
     Attributes:
@@ -42,12 +44,8 @@ class Sequences:
     facts: DataFacts
 
     def __len__(self) -> int:
+        """Return the number of sequences."""
         return int(self.tokens.shape[0])
-
-    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
-        """Yield consecutive sequences, `size` at a time, without padding that all of them have."""
-        for start in range(0, len(self), size):
-            yield self.micro_batch(range(start, min(start + size, len(self))))
 
     def micro_batch(self, index: Sequence[int]) -> MicroBatch:
         """Return some sequences, cut to the longest of them."""
@@ -63,20 +61,42 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MicroBatch:
+class MicroBatch(Batch):
     """Some sequences of a `Sequences`; b of them, t tokens long.
 
     Attributes:
         index: (b,) global indices of the sequences.
         tokens: (b, t) int64.
         attention: (b, t) bool.
-        counted: (b, t) bool.
+        counted: (b, t) bool, see `Sequences`.
     """
 
     index: Tensor
     tokens: Tensor
     attention: Tensor
     counted: Tensor
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        """Return the keyword arguments of a language model's forward."""
+        return {
+            "input_ids": self.tokens.to(device),
+            "attention_mask": self.attention.to(device),
+            "use_cache": False,
+        }
+
+    @property
+    def predicts(self) -> Tensor:
+        """(b, t); the prediction of token t is made at position t - 1."""
+        made_at = torch.zeros_like(self.counted)
+        made_at[:, :-1] = self.counted[:, 1:]
+        return made_at
+
+    @property
+    def targets(self) -> Tensor:
+        """(b, t), the next token; 0 at the last position, which predicts nothing."""
+        following = torch.zeros_like(self.tokens)
+        following[:, :-1] = self.tokens[:, 1:]
+        return following
 
 
 def load_batches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,14 +11,15 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from hawqkit.errors import InputError, did_you_mean
+from hawqkit.models.orientation import rows_and_columns, weight_kind
 from hawqkit.records import Layer, Skipped
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer|block)\.(\d+)(?:\.|$)")
 _POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?|positional)([._]|$)|pos_emb")
 _WILDCARD = re.compile(r"[*?\[]")
-_KINDS = ("linear", "conv1d", "embedding")
+_CONVOLUTION_KINDS = ("convolution", "transposed-convolution")
+_KINDS = ("linear", "conv1d", "embedding", *_CONVOLUTION_KINDS)
 _NOT_YET = "not supported for causal language models yet"
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,12 @@ def find_layers(
     *,
     exclude_if_there: Sequence[str] = (),
     stored: Mapping[str, str] | None = None,
+    convolutions: bool = True,
 ) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
     """Return the weights to quantize, in the model's order, and every other weight with its reason.
 
-    Layers are the weights of `nn.Linear`, `nn.Embedding` and transformers' transposed `Conv1D`.
+    Layers are the weights of `nn.Linear`, `nn.Embedding`, transformers' transposed `Conv1D`, and of
+    convolutions in one to three dimensions, transposed ones too.
     A pattern is a glob on module paths, and what holds for a module holds for all inside it, so
     `model.layers.0` stands for the whole block. A weight with several uses is one layer: it is
     chosen if one of its uses is included and none is excluded. Position embeddings are left alone
@@ -54,6 +56,8 @@ def find_layers(
         exclude: patterns of which none may match.
         exclude_if_there: the same, and they may match no module at all.
         stored: parameter name -> stored dtype, where it is not the dtype in memory.
+        convolutions: whether the weights of convolutions are layers; in language models they are
+            not.
 
     Raises:
         InputError: no layer is left, or a pattern of the first two matches no module at all.
@@ -74,6 +78,8 @@ def find_layers(
             continue
         first = next((u for u in places if u.kind in _KINDS), places[0])
         reason = _reason(parameter, first, places, include, exclude)
+        if reason is None and not convolutions and first.kind in _CONVOLUTION_KINDS:
+            reason = f"{type(first.module).__name__}: {_NOT_YET}"
         if reason is not None:
             name = first.name if first.leaf == "weight" else _join(first.name, first.leaf)
             skipped.append(Skipped(name, first.kind, tuple(parameter.shape), reason))
@@ -89,13 +95,13 @@ def find_layers(
 def _layer(
     parameter: nn.Parameter, first: _Use, places: Sequence[_Use], stored: Mapping[str, str]
 ) -> Layer:
-    shape = parameter.shape if first.kind != "conv1d" else parameter.shape[::-1]
+    rows, columns = rows_and_columns(first.module, tuple(parameter.shape))
     names = sorted({_join(u.name, u.leaf) for u in places} & set(stored))
     return Layer(
         name=first.name,
         kind=first.kind,
-        rows=int(shape[0]),
-        columns=int(shape[1]),
+        rows=rows,
+        columns=columns,
         dtype=stored[names[0]] if names else dtype_name(parameter.dtype),
         block=block_of(first.name),
         tied=tuple(u.name for u in places if u is not first),
@@ -144,21 +150,9 @@ def _uses_of_parameters(module: nn.Module) -> list[tuple[nn.Parameter, list[_Use
 
 
 def _kind(module: nn.Module, leaf: str) -> str:
-    if leaf == "weight" and type(module) is not NonDynamicallyQuantizableLinear:
-        if isinstance(module, nn.Linear):
-            return "linear"
-        if isinstance(module, nn.Embedding):
-            return "embedding"
-        if is_transposed(module):
-            return "conv1d"
-    return type(module).__name__
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its weight as (inputs, outputs): transformers' Conv1D does."""
-    # A module of transformers' class can only exist once transformers has been imported.
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
+    usable = leaf == "weight" and type(module) is not NonDynamicallyQuantizableLinear
+    kind = weight_kind(module) if usable else None
+    return kind or type(module).__name__
 
 
 def _reason(
@@ -188,17 +182,19 @@ def _reason(
 
 
 def _unsupported(parameter: nn.Parameter, first: _Use, places: Sequence[_Use]) -> str | None:
-    if isinstance(first.module, _CONVOLUTIONS):
-        return f"{first.kind}: {_NOT_YET}"
     if parameter.ndim == 3 and "expert" in _join(first.name, first.leaf).lower():
         return f"stack of {parameter.shape[0]} experts: {_NOT_YET}"
     if type(first.module) is NonDynamicallyQuantizableLinear:
         return "nn.MultiheadAttention reads this weight without calling its module"
     if first.kind not in _KINDS:
-        return f"weight of a {first.kind}: only Linear, Conv1D and Embedding weights are quantized"
+        return (
+            f"weight of a {first.kind}: only Linear, Conv1D, Embedding and "
+            "convolution weights are quantized"
+        )
     if not parameter.is_floating_point():
         return f"stored as {dtype_name(parameter.dtype)}, which is quantized already"
-    if "conv1d" in {u.kind for u in places} and len({u.kind for u in places}) > 1:
+    kinds = {u.kind for u in places}
+    if kinds & {"conv1d", *_CONVOLUTION_KINDS} and len(kinds) > 1:
         return "tied to a weight of another orientation"
     return None
 
@@ -234,7 +230,7 @@ def _nothing_matched(
 ) -> str:
     names = [u.name for _, places in uses for u in places if u.kind in _KINDS]
     if not names:
-        return "no layer matched: the model has no Linear, Conv1D or Embedding weight."
+        return "no layer matched: the model has no Linear, Conv1D, Embedding or convolution weight."
     return (
         f"no layer matched: include {list(include)} and exclude {list(exclude)} leave none of "
         f"{len(names)} weights; their names are {_examples(names)}. Widen `include` or shorten "

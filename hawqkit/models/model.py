@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hawqkit.errors import InputError, NumericalError, did_you_mean
-from hawqkit.models.layers import dtype_name, find_layers, is_transposed
+from hawqkit.models.layers import dtype_name, find_layers
+from hawqkit.models.orientation import as_rows, from_rows
 from hawqkit.records import DTYPE_BITS, Layer, ModelFacts, Skipped
 from hawqkit.records import Tensor as TensorFacts
 
@@ -30,6 +31,9 @@ class LoadedModel:
         facts: what is known of it without loading it again.
         layers: the weights to quantize, in the model's order.
         skipped: every other weight, with the reason.
+        task: `causal-lm`, `image-classification`, `text-classification`, or `module` for a network
+            of which no more is known than that it returns logits.
+        processor: the image processor of a model that has one, else None.
     """
 
     module: nn.Module
@@ -37,6 +41,8 @@ class LoadedModel:
     facts: ModelFacts
     layers: tuple[Layer, ...]
     skipped: tuple[Skipped, ...]
+    task: str = "causal-lm"
+    processor: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -60,27 +66,34 @@ class LoadedModel:
         return parameter
 
     def weight(self, name: str) -> Tensor:
-        """Return a layer's weight as (outputs, inputs): a view, so writing changes the model.
+        """Return a layer's weight as (outputs, inputs), see `models.orientation`.
+
+        A view of the parameter but for transposed convolutions; `from_rows` is the way back.
 
         Raises:
             InputError: there is no such layer.
         """
-        parameter = self.parameter(name).detach()
-        return parameter.t() if self._kind(name) == "conv1d" else parameter  # (rows, columns)
+        return as_rows(self.parameter(name).detach(), self.module.get_submodule(name))
+
+    def from_rows(self, name: str, values: Tensor) -> Tensor:
+        """Return (rows, columns) of a layer in the shape that its parameter has.
+
+        Raises:
+            InputError: there is no such layer.
+        """
+        self.parameter(name)
+        return from_rows(values, self.module.get_submodule(name))
 
     def save_side_files(self, folder: str | Path) -> dict[str, int]:
         """Write everything of a checkpoint but weights and configuration, and return name -> bytes.
 
-        These are the tokenizer's files and `generation_config.json`, as transformers writes them.
+        These are the files of the tokenizer or image processor and `generation_config.json`, as
+        transformers writes them.
         """
-        return save_side_files(self.module, self.tokenizer, Path(folder))
+        return save_side_files(self.module, self.tokenizer, Path(folder), self.processor)
 
-    def _kind(self, name: str) -> str:
-        for layer in self.layers:
-            if layer.name == name:
-                return layer.kind
-        # Layers that are not chosen can be read too, for instance to compare a whole model.
-        return "conv1d" if is_transposed(self.module.get_submodule(name)) else "linear"
+
+TASKS = ("causal-lm", "image-classification", "text-classification", "module")
 
 
 def wrap_model(
@@ -88,6 +101,8 @@ def wrap_model(
     *,
     name: str,
     tokenizer: Any = None,
+    processor: Any = None,
+    task: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
 ) -> LoadedModel:
@@ -97,14 +112,18 @@ def wrap_model(
     and its key-value cache is off.
 
     Args:
-        module: the network; it should take `input_ids` and `attention_mask`, and return logits.
+        module: the network; it returns logits, from `input_ids` and `attention_mask` if text is to
+            be measured, else from the arguments that `make_examples` names.
         name: what records call it.
         tokenizer: needed by `load_batches` only.
+        processor: image processor, needed by `load_examples` only.
+        task: one of `TASKS`; None takes it from the module's class, `module` if that says nothing.
+            Convolutions are layers in all tasks but `causal-lm`.
         include: globs on module paths, see `find_layers`.
         exclude: globs on module paths.
 
     Raises:
-        InputError: no layer is left.
+        InputError: no layer is left, or an unknown task.
         NumericalError: a weight holds NaN or infinity.
 
     >>> from torch import nn
@@ -112,7 +131,25 @@ def wrap_model(
     >>> wrap_model(net, name="net").facts.parameters
     63
     """
-    return assemble(module, source=name, tokenizer=tokenizer, include=include, exclude=exclude)
+    return assemble(
+        module,
+        source=name,
+        tokenizer=tokenizer,
+        processor=processor,
+        task=task,
+        include=include,
+        exclude=exclude,
+    )
+
+
+def task_of(module: nn.Module) -> str:
+    """Return what a network predicts, as its class says; `module` if it says nothing."""
+    name = type(module).__name__
+    if "ForCausalLM" in name or "LMHead" in name:
+        return "causal-lm"
+    if "ForImageClassification" in name:
+        return "image-classification"
+    return "text-classification" if "ForSequenceClassification" in name else "module"
 
 
 def assemble(
@@ -120,6 +157,8 @@ def assemble(
     *,
     source: str,
     tokenizer: Any = None,
+    processor: Any = None,
+    task: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     exclude_if_there: Sequence[str] = (),
@@ -131,40 +170,71 @@ def assemble(
         module: the network.
         source: as the user named it.
         tokenizer: or None.
+        processor: image processor, or None.
+        task: one of `TASKS`, None to take it from the module's class.
         include: globs on module paths.
         exclude: globs on module paths.
         exclude_if_there: the same, and they may match nothing.
         stored: name in the state -> dtype of the checkpoint, where it is not the one in memory.
 
     Raises:
-        InputError: no layer is left.
+        InputError: no layer is left, or an unknown task.
         NumericalError: a weight holds NaN or infinity; the message names the tensors.
     """
+    task = task_of(module) if task is None else task
+    if task not in TASKS:
+        raise InputError(
+            f"task: got {task!r}; known are {', '.join(TASKS)}." + did_you_mean(task, TASKS)
+        )
     module.eval()
     module.requires_grad_(False)
     stored = dict(stored or {})
     layers, skipped = find_layers(
-        module, include, exclude, exclude_if_there=exclude_if_there, stored=stored
+        module,
+        include,
+        exclude,
+        exclude_if_there=exclude_if_there,
+        stored=stored,
+        convolutions=task != "causal-lm",
     )
     state = _own_state(module)
     _check_finite(source, state)
     # The configuration is read before the cache is switched off, so that exports keep its setting.
-    facts = _facts(module, source, tokenizer, state, stored)
+    facts = _facts(module, source, (tokenizer, processor), state, stored)
     config = getattr(module, "config", None)
     if config is not None and getattr(config, "use_cache", None):
         config.use_cache = False
-    return LoadedModel(module, tokenizer, facts, layers, skipped)
+    return LoadedModel(module, tokenizer, facts, layers, skipped, task, processor)
 
 
-def save_side_files(module: nn.Module, tokenizer: Any, folder: Path) -> dict[str, int]:
-    """Write tokenizer and generation configuration into a folder, and return name -> bytes."""
+def recounted(model: LoadedModel, stored: Mapping[str, str]) -> LoadedModel:
+    """Return a model whose module has new tensors or fewer, with its facts read again.
+
+    Args:
+        model: what was known; the layers stay as they are.
+        stored: dtype that a new tensor counts as, where it is not the one in memory.
+    """
+    known = {tensor.name: tensor.dtype for tensor in model.facts.tensors}
+    state = _own_state(model.module)
+    beside = (model.tokenizer, model.processor)
+    facts = _facts(model.module, model.facts.source, beside, state, {**known, **dict(stored)})
+    vectors = [s for s in find_layers(model.module)[1] if s.kind == "vector"]
+    kept = [s for s in model.skipped if s.kind != "vector"]
+    return replace(model, facts=facts, skipped=(*kept, *vectors))
+
+
+def save_side_files(
+    module: nn.Module, tokenizer: Any, folder: Path, processor: Any = None
+) -> dict[str, int]:
+    """Write tokenizer, processor and generation configuration, and return name -> bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         generation = getattr(module, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
+        for beside in (tokenizer, processor):
+            if beside is not None:
+                beside.save_pretrained(scratch)
         written = {}
         for path in sorted(Path(scratch).rglob("*")):
             if path.is_file():
@@ -207,14 +277,14 @@ def _check_finite(source: str, state: Mapping[str, Tensor]) -> None:
 def _facts(
     module: nn.Module,
     source: str,
-    tokenizer: Any,
+    beside: tuple[Any, Any],
     state: Mapping[str, Tensor],
     stored: Mapping[str, str],
 ) -> ModelFacts:
     dtypes = {name: stored.get(name, dtype_name(t.dtype)) for name, t in state.items()}
     dtype = majority_dtype({n: (dtypes[n], t.numel()) for n, t in state.items()})
     with tempfile.TemporaryDirectory() as folder:
-        side_files = save_side_files(module, tokenizer, Path(folder))
+        side_files = save_side_files(module, beside[0], Path(folder), beside[1])
     return ModelFacts(
         source=source,
         hash=_hash(state, dtypes),

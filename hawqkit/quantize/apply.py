@@ -49,9 +49,7 @@ class Switch:
                 continue
             values = _rounded(model, layer.name, format, rounding, scale_dtype_for(layer.dtype))
             parameter = model.parameter(layer.name)
-            if layer.kind == "conv1d":
-                values = values.t().contiguous()  # as the model stores it: (inputs, outputs)
-            values = values.to(parameter.dtype)
+            values = model.from_rows(layer.name, values).to(parameter.dtype)
             self._pairs.append((parameter, parameter.data, values))
 
     def quantized(self) -> None:

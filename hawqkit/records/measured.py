@@ -43,13 +43,16 @@ class Layer:
 
     Attributes:
         name: path of the module that owns the weight, `model.layers.0.mlp.up_proj`.
-        kind: `linear`, `conv1d` (GPT-2's, stored transposed) or `embedding`.
+        kind: `linear`, `conv1d` (GPT-2's, stored transposed), `embedding`, `convolution` or
+            `transposed-convolution`.
         rows: outputs, or the vocabulary of an embedding.
-        columns: inputs, or the width of an embedding.
+        columns: inputs, for a convolution those of one group times the kernel's entries, or the
+            width of an embedding.
         dtype: stored dtype, `float32`, `bfloat16`, `float16`.
         block: index of the transformer block, None outside of the blocks.
         tied: other modules that use the same weight; it is counted once.
         calls: times the weight is used in one forward pass.
+        macs: multiply-accumulates for one example, 0 where they were not counted.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Layer:
     block: int | None = None
     tied: tuple[str, ...] = ()
     calls: int = 1
+    macs: int = 0
 
     @property
     def numel(self) -> int:
@@ -113,6 +117,9 @@ class ModelFacts:
         tensors: what `save_pretrained` would store, tied tensors once, in its order.
         config: the model's configuration as a JSON object.
         side_files: bytes of every other file of a checkpoint (tokenizer, generation config).
+        inputs: arguments of forward for one example, without the dimension of the examples; known
+            once the model has met data (`models.signature`).
+        graph: the bytes of its ONNX graph, part by part, known once it was traced (`targets.onnx`).
     """
 
     source: str
@@ -123,6 +130,8 @@ class ModelFacts:
     tensors: tuple[Tensor, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     side_files: dict[str, int] = field(default_factory=dict)
+    inputs: tuple[Tensor, ...] = ()
+    graph: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +147,8 @@ class DataFacts:
         counted: predictions that enter the mean.
         documents: number of documents the sequences come from.
         seed: seed of the choice of windows.
+        kind: `text`, `images`, `labelled text`, `arrays`: what one sequence is.
+        classes: number of classes of labelled examples, 0 where every token is a class.
     """
 
     source: str
@@ -148,6 +159,8 @@ class DataFacts:
     counted: int
     documents: int
     seed: int
+    kind: str = "text"
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

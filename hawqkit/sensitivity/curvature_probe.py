@@ -26,6 +26,7 @@ from hawqkit.curvature.parameters import choose_parameters
 from hawqkit.errors import DataError, InputError, Unsupported, did_you_mean
 from hawqkit.estimators.eigenpairs import top_eigenpairs
 from hawqkit.journal import Journal
+from hawqkit.models.batch import Batch, Data
 from hawqkit.models.batches import MicroBatch, Sequences
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import Curvature, Floats, Layer, Table, to_table
@@ -122,7 +123,7 @@ class CurvatureProbe:
     def __init__(
         self,
         model: LoadedModel,
-        batches: Sequences,
+        batches: Data,
         layers: Sequence[Layer],
         scores: Iterable[str],
         settings: CurvatureSettings | None = None,
@@ -193,7 +194,7 @@ class CurvatureProbe:
             warnings=self._warnings(tables),
         )
 
-    def _facts(self, batches: Sequences) -> dict[str, Any]:
+    def _facts(self, batches: Data) -> dict[str, Any]:
         """Return what every number depends on; scores are journaled apart, to be added later."""
         s = self._settings
         first = next(self._model.module.parameters())
@@ -353,28 +354,35 @@ def check_curvature_scores(scores: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in CURVATURE_SCORES if name in asked)
 
 
-def _deal(batches: Sequences, settings: CurvatureSettings) -> list[list[int]]:
+def _deal(batches: Data, settings: CurvatureSettings) -> list[list[int]]:
     """Return the rows of each shard: those that choose and count something, dealt in turn."""
-    counts = batches.counted[:, 1 : settings.length].any(1) & ~batches.withheld
-    rows = torch.nonzero(counts)[:, 0].tolist()[: settings.sequences]
+    choose = ~batches.withheld
+    if isinstance(batches, Sequences):
+        choose = choose & batches.counted[:, 1 : settings.length].any(1)
+    rows = torch.nonzero(choose)[:, 0].tolist()[: settings.sequences]
     if len(rows) < settings.sequences:
+        text = isinstance(batches, Sequences)
+        within = f" in their first {settings.length} tokens" if text else ""
         raise DataError(
             f"curvature sequences: {settings.sequences} were asked, and {len(rows)} of "
-            f"{batches.facts.source} may choose and count a prediction in their first "
-            f"{settings.length} tokens; ask for fewer sequences, or calibrate on more."
+            f"{batches.facts.source} may choose and count a prediction{within}; ask for fewer "
+            "sequences, or calibrate on more."
         )
     return [rows[d :: settings.shards] for d in range(settings.shards)]
 
 
-def _cut(batch: MicroBatch, length: int) -> MicroBatch:
+def _cut(batch: Batch, length: int) -> Batch:
+    """Return a text's batch with its first tokens alone, and any other whole."""
+    if not isinstance(batch, MicroBatch):
+        return batch
     return MicroBatch(
         batch.index, batch.tokens[:, :length], batch.attention[:, :length],
         batch.counted[:, :length],
     )  # fmt: skip
 
 
-def _counted(batch: MicroBatch) -> int:
-    return int(batch.counted[:, 1:].sum())
+def _counted(batch: Batch) -> int:
+    return int(batch.predicts.sum())
 
 
 def _plain(table: dict[str, Floats] | None, key: str) -> Table:

@@ -21,24 +21,23 @@ from torch import Tensor, nn
 
 from hawqkit.errors import NumericalError, Unsupported
 from hawqkit.formats import NONE
-from hawqkit.models.batches import MicroBatch
+from hawqkit.models.batch import Batch, predictions
 from hawqkit.models.checkpointing import checkpointed
 from hawqkit.quantize.errors_of import LayerErrors
 from hawqkit.records import Layer
 from hawqkit.sensitivity.labels import sampled_residuals, uniforms
+from hawqkit.sensitivity.positions import PositionSampler
 from hawqkit.sensitivity.reduction import LayerSums, Scratch, reduce_layer
 from hawqkit.sensitivity.taps import Taps
-from hawqkit.sensitivity.uses import Positions, Use
+from hawqkit.sensitivity.uses import Use
 from hawqkit.store import Arrays
-
-POSITION_STREAM = 0x5EED  # keeps the draws of positions apart from those of labels
 
 
 class DualProbe:
     """Measures micro-batches of one model; a context manager that takes its hooks out again.
 
     Args:
-        module: a causal language model in eval mode: (tokens, attention_mask) -> `.logits`.
+        module: a model in evaluation mode that returns logits, see `models.batch.predictions`.
         layers: what to measure.
         weights: layer name -> (rows, columns) view of its weight.
         errors: layer name -> its formats' errors.
@@ -65,7 +64,8 @@ class DualProbe:
         self._positions, self._seed = positions, seed
         self._checkpointing = checkpointing
         self._sums: dict[str, LayerSums] = {}
-        self._chosen: Positions | None = None
+        self._sampler: PositionSampler | None = None
+        self._severed: set[str] = set()  # layers that the logits were found not to depend on
         self._scratch = Scratch()
 
     def __enter__(self) -> DualProbe:
@@ -87,7 +87,7 @@ class DualProbe:
         self._taps.remove()
         self._mode.__exit__(kind, error, trace)
 
-    def measure(self, batch: MicroBatch) -> Arrays:
+    def measure(self, batch: Batch) -> Arrays:
         """Run one forward and one backward pass and return raw sums by sequence.
 
         Returns:
@@ -96,7 +96,8 @@ class DualProbe:
 
         Raises:
             NumericalError: logits or gradients are not finite.
-            Unsupported: a layer took no part in the pass, or cannot be told apart by sequence.
+            Unsupported: something reads a layer's weight without calling it, or its output cannot
+                be told apart by example.
         """
         if self._module.training and not self._checkpointing:
             raise Unsupported(
@@ -104,22 +105,15 @@ class DualProbe:
                 "call model.eval() first."
             )
         device = next(self._module.parameters()).device
-        tokens, attention = batch.tokens.to(device), batch.attention.to(device)
-        self._chosen = self._choose_positions(batch, device)
+        self._sampler = self._make_sampler(batch, device)
         self._sums.clear()
-        # The prediction of token t is made at position t - 1.
-        made_at = torch.zeros_like(batch.counted)
-        made_at[:, :-1] = batch.counted[:, 1:]
-        with torch.enable_grad(), self._taps.forward_pass():
-            logits = self._module(
-                input_ids=tokens, attention_mask=attention, use_cache=False
-            ).logits
-        self._refuse_unused()
+        with torch.enable_grad(), self._taps.forward_pass(len(batch.index)):
+            logits = predictions(self._module, batch, device)
+        self._refuse_uncalled(batch, device)
         residual, labels = sampled_residuals(
-            logits, made_at, uniforms(batch.index.tolist(), tokens.shape[1], self._seed)
+            logits, batch.predicts, uniforms(batch.index.tolist(), logits.shape[1], self._seed)
         )
         torch.autograd.backward([logits], [residual])
-        self._refuse_incomplete()
         return self._collect(batch, labels)
 
     def _receive(self, layer: Layer, uses: list[Use]) -> None:
@@ -127,55 +121,59 @@ class DualProbe:
             uses,
             self._weights[layer.name],
             self._errors[layer.name],
-            self._chosen,
+            self._sampler,
             self._scratch,
         )
 
-    def _choose_positions(self, batch: MicroBatch, device: torch.device) -> Positions | None:
-        """Take the first position, where attention sinks sit, always, and others at random.
-
-        The first token's input is often a hundred times the others'; leaving it to chance would
-        make one sequence in T/k decide the score. Weights keep every sum unbiased: 1 for the first
-        position, (length - 1) / (k - 1) for the others.
-        """
+    def _make_sampler(self, batch: Batch, device: torch.device) -> PositionSampler | None:
         if self._positions < 1:
             return None
-        length = batch.tokens.shape[1]
-        k = min(self._positions, length)
-        keys = uniforms(batch.index.tolist(), length, self._seed ^ POSITION_STREAM)
-        keys = keys.masked_fill(~batch.attention, 2.0)
-        keys[:, 0] = -1.0
-        index = keys.argsort(dim=1, stable=True)[:, :k]  # (B, k)
-        lengths = batch.attention.sum(1, keepdim=True)  # (B, 1)
-        taken = lengths.clamp(max=k)
-        weight = ((lengths - 1) / (taken - 1).clamp(min=1)).expand(-1, k).clone()
-        weight[:, 0] = 1.0
-        weight = weight * (torch.arange(k) < taken)
-        return Positions(index.to(device), weight.to(device))
+        return PositionSampler(
+            batch.index.tolist(), batch.attention, self._positions, self._seed, device
+        )
 
-    def _refuse_unused(self) -> None:
-        unused = self._taps.unused()
-        if unused:
+    def _refuse_uncalled(self, batch: Batch, device: torch.device) -> None:
+        """Refuse layers whose weight counts but whose module is not called.
+
+        A branch that nothing uses has no sensitivity, and that is its measured value. A weight that
+        is read without its module being called would look the same to the taps, so the logits are
+        differentiated by it, once.
+
+        Raises:
+            Unsupported: names such layers.
+        """
+        unused = [name for name in self._taps.unused() if name not in self._severed]
+        if not unused:
+            return
+        parameters = [self._module.get_submodule(name).get_parameter("weight") for name in unused]
+        before = [p.requires_grad for p in parameters]
+        try:
+            for p in parameters:
+                p.requires_grad_(True)
+            with torch.enable_grad(), self._taps.asleep():
+                total = predictions(self._module, batch, device).sum()
+                found: Sequence[Tensor | None] = [None] * len(parameters)
+                if total.requires_grad:
+                    found = torch.autograd.grad(total, parameters, allow_unused=True)
+        finally:
+            for p, flag in zip(parameters, before, strict=True):
+                p.requires_grad_(flag)
+        read = [name for name, g in zip(unused, found, strict=True) if g is not None]
+        if read:
             raise Unsupported(
-                f"{len(unused)} layers took no part in the forward pass, the first is {unused[0]}; "
-                "exclude them, or check that their modules are called and not only their weights."
+                f"{len(read)} layers took no part in the forward pass although the logits depend "
+                f"on their weights, the first is {read[0]}: something reads the weight without "
+                "calling the module. Exclude them."
             )
+        self._severed.update(unused)
 
-    def _refuse_incomplete(self) -> None:
-        missing = [x.name for x in self._layers if x.name not in self._sums]
-        if missing:
-            raise Unsupported(
-                f"{len(missing)} layers were used but got no gradient, the first is {missing[0]}; "
-                "the loss does not depend on them. Exclude them."
-            )
-
-    def _collect(self, batch: MicroBatch, labels: Tensor) -> Arrays:
+    def _collect(self, batch: Batch, labels: Tensor) -> Arrays:
         size, count = len(batch.index), len(self._layers)
         first, second = np.triu_indices(size, 1)
         shape = (size, count, len(self._formats))
         out: Arrays = {
             "index": batch.index.numpy().astype(np.int64),
-            "count": batch.counted[:, 1:].sum(1).numpy().astype(np.int64),
+            "count": batch.predicts.sum(1).numpy().astype(np.int64),
             "squared_gradient": np.empty(shape[:2]),
             "token_norm": np.empty(shape[:2]),
             "directional": np.full(shape, np.nan),
@@ -186,7 +184,10 @@ class DualProbe:
             "labels": labels.cpu().numpy(),
         }
         for i, layer in enumerate(self._layers):
-            sums = self._sums[layer.name]
+            columns = [self._formats.index(f.name) for f in self._errors[layer.name].formats]
+            sums = self._sums.get(layer.name)
+            if sums is None:
+                sums = self._nothing(size, len(columns))
             gram = sums.gram.double().cpu().numpy()
             if not np.isfinite(gram).all():
                 raise NumericalError(
@@ -196,10 +197,14 @@ class DualProbe:
             out["squared_gradient"][:, i] = np.diagonal(gram)
             out["gram"][:, i] = gram[first, second]
             out["token_norm"][:, i] = sums.token_norm.double().cpu().numpy()
-            columns = [self._formats.index(f.name) for f in self._errors[layer.name].formats]
             for name in ("directional", "token", "token_summed"):
                 out[name][:, i, columns] = getattr(sums, name).double().cpu().numpy()
                 if NONE.name in self._formats:
                     out[name][:, i, self._formats.index(NONE.name)] = 0.0
         self._sums.clear()
         return out
+
+    def _nothing(self, size: int, formats: int) -> LayerSums:
+        """Return the sums of a layer that the logits do not depend on."""
+        zeros = torch.zeros(size, formats)
+        return LayerSums(torch.zeros(size, size), zeros, torch.zeros(size), zeros, zeros)

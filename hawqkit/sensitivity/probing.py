@@ -14,11 +14,11 @@ from hawqkit.costs import available_bytes
 from hawqkit.errors import InputError, NumericalError, Unsupported
 from hawqkit.formats import NONE, Format, fitting_formats, parse_format
 from hawqkit.journal import Journal
-from hawqkit.models.batches import Sequences
+from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.errors_of import LayerErrors, make_errors
 from hawqkit.quantize.rounding import scale_dtype_for
-from hawqkit.records import SCHEMA, Floats, Layer, Samples, Sensitivities, Skipped
+from hawqkit.records import SCHEMA, DataFacts, Floats, Layer, Samples, Sensitivities, Skipped
 from hawqkit.sensitivity.curvature_probe import CurvatureProbe, CurvatureSettings
 from hawqkit.sensitivity.curvature_scores import with_curvature
 from hawqkit.sensitivity.dual_probe import DualProbe
@@ -31,6 +31,7 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 # memory. An accelerator wants more.
 CPU_TOKENS, DEVICE_TOKENS = 1024, 8192
 MOST_SEQUENCES = 16
+MOST_EXAMPLES = 32  # of a classifier, whose layers' errors are made again for each batch
 CODES_SHARE = 0.25  # of the free memory, that int8 codes may take
 MISFIT_LINES = 6  # widths that a message names: most models have two or three
 
@@ -67,7 +68,7 @@ def untracked(items: Iterable[Any], stage: str, total: int) -> Iterable[Any]:
 
 def probe(
     model: LoadedModel,
-    batches: Sequences,
+    batches: Data,
     formats: Sequence[str],
     *,
     settings: ProbeSettings | None = None,
@@ -82,7 +83,8 @@ def probe(
 
     Args:
         model: from `load_model` or `wrap_model`.
-        batches: from `load_batches`; sequences flagged `withheld` enter predictions alone.
+        batches: from `load_batches` or `make_examples`; what is flagged `withheld` enters
+            predictions alone.
         formats: names, for instance `["int3-g64", "int4-g64"]`.
         settings: see `ProbeSettings`.
         also: scores of the true Hessian to measure too, `hessian-trace` and `top-eigenvalue`; they
@@ -133,7 +135,7 @@ class Prober:
     def __init__(
         self,
         model: LoadedModel,
-        batches: Sequences,
+        batches: Data,
         formats: Sequence[str],
         settings: ProbeSettings,
         folder: str | Path | None = None,
@@ -141,7 +143,7 @@ class Prober:
         self._model, self._batches, self._settings = model, batches, settings
         self.formats = tuple(formats)
         self.layers, self.skipped = fitting_layers(model, formats, settings.misfits)
-        self.size = micro_batch_size(settings.batch, batches.facts.length, model.device.type)
+        self.size = micro_batch_size(settings.batch, batches.facts, model.device.type)
         self.facts = self._facts()
         self.fingerprint = fingerprint(self.facts)
         self._journal = _open_journal(folder, self.facts)
@@ -305,8 +307,8 @@ def _misfit_lines(found: Mapping[int, Sequence[str]], formats: Sequence[Format])
     return lines
 
 
-def micro_batch_size(asked: int | str, length: int, device_type: str) -> int:
-    """Return sequences of a micro-batch; `auto` depends on length and device alone.
+def micro_batch_size(asked: int | str, data: DataFacts, device_type: str) -> int:
+    """Return sequences of a micro-batch; `auto` depends on the data and device alone.
 
     So it is the same for every process and for a resumed run. At least two, since the participation
     ratio needs pairs.
@@ -316,7 +318,8 @@ def micro_batch_size(asked: int | str, length: int, device_type: str) -> int:
             raise InputError(f"batch {asked!r}: must be auto or a whole number of at least 1.")
         return asked
     tokens = CPU_TOKENS if device_type == "cpu" else DEVICE_TOKENS
-    return max(2, min(MOST_SEQUENCES, tokens // max(length, 1)))
+    most = MOST_EXAMPLES if data.classes else MOST_SEQUENCES
+    return max(2, min(most, tokens // max(data.length, 1)))
 
 
 def _open_journal(folder: str | Path | None, facts: dict[str, Any]) -> Journal | None:
@@ -353,7 +356,7 @@ def weight_errors(
     return table
 
 
-def join_samples(parts: Sequence[Arrays], batches: Sequences) -> Samples:
+def join_samples(parts: Sequence[Arrays], batches: Data) -> Samples:
     """Put micro-batches together, in the order of sequences."""
     offsets = np.cumsum([0, *(len(p["index"]) for p in parts)])
     pairs = [p["pairs"] + start for p, start in zip(parts, offsets, strict=False)]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from hawqkit.quantize.errors_of import LayerErrors
-from hawqkit.sensitivity.uses import Positions, Use
+from hawqkit.sensitivity.positions import PositionSampler
+from hawqkit.sensitivity.uses import Use
 
 # Entries of errors made at once: 2^21 float32 are 8 MB, the order of a last-level cache's share.
 CPU_ENTRIES = 1 << 21
@@ -50,7 +51,7 @@ def reduce_layer(
     uses: list[Use],
     weight: Tensor,
     errors: LayerErrors,
-    positions: Positions | None,
+    sampler: PositionSampler | None,
     scratch: Scratch,
 ) -> LayerSums:
     """Reduce all uses of a weight: `g_b = sum over uses`, added before anything is squared.
@@ -59,15 +60,15 @@ def reduce_layer(
         uses: every use of the weight in this pass.
         weight: (rows, columns).
         errors: makes dW_f for any rows.
-        positions: the token score's sampled positions; None leaves that score out.
+        sampler: of the token score's positions; None leaves that score out.
         scratch: where errors are made.
     """
     batch, formats = len(uses[0].gradients), len(errors.formats)
     like = weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
     gram, directional = like.new_zeros(batch, batch), like.new_zeros(batch, formats)
-    shape = (batch, positions.index.shape[1] if positions else 0, formats)
-    squares = [like.new_zeros(shape) for _ in uses]
-    sums = [like.new_zeros(shape) for _ in uses]
+    positions = [sampler.at(use.length) for use in uses] if sampler is not None else []
+    squares = [like.new_zeros(*at.index.shape, formats) for at in positions]
+    sums = [like.new_zeros(*at.index.shape, formats) for at in positions]
     for rows in _row_chunks(uses, weight, max(formats, batch)):
         gradient = uses[0].gradient(rows)
         for use in uses[1:]:
@@ -80,18 +81,17 @@ def reduce_layer(
         errors.fill(weight, made, rows)
         # In this order: BLAS takes twice as long for a few rows times many columns.
         directional += (made.flatten(1) @ flat.T).T
-        if positions is not None:
-            for use, square, total in zip(uses, squares, sums, strict=True):
-                more_square, more_total = use.responses(rows, made, positions)
-                square += more_square
-                total += more_total
-    if positions is None:
-        empty = like.new_zeros(batch, formats)
-        return LayerSums(gram, directional, like.new_zeros(batch), empty, empty)
-    w = positions.weight.to(like)
-    norm = torch.stack([(use.norms(positions) * w).sum(-1) for use in uses]).sum(0)
-    token = torch.stack([(s * w[..., None]).sum(1) for s in squares]).sum(0)
-    summed = torch.stack([(s.square() * w[..., None]).sum(1) for s in sums]).sum(0)
+        for use, at, square, total in zip(uses, positions, squares, sums, strict=False):
+            more_square, more_total = use.responses(rows, made, at)
+            square += more_square
+            total += more_total
+    norm, empty = like.new_zeros(batch), like.new_zeros(batch, formats)
+    token, summed = empty, empty.clone()
+    for use, at, square, total in zip(uses, positions, squares, sums, strict=False):
+        w = at.weight.to(like)
+        norm = norm + (use.norms(at) * w).sum(-1)
+        token = token + (square * w[..., None]).sum(1)
+        summed = summed + (total.square() * w[..., None]).sum(1)
     return LayerSums(gram, directional, norm, token, summed)
 
 
@@ -104,5 +104,10 @@ def _row_chunks(uses: list[Use], weight: Tensor, copies: int) -> Iterator[Tensor
     if touched is not None:
         yield from torch.split(touched, step)
         return
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
+    together = uses[0].rows_together or total
+    if step >= together:
+        step -= step % together  # whole groups
+        together = total
+    for group in range(0, total, together):
+        for start in range(group, group + together, step):
+            yield slice(start, min(start + step, group + together))

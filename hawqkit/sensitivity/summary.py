@@ -80,7 +80,7 @@ def summarize(
         rounding=rounding,
         fingerprint=fingerprint,
         withheld=int((samples.withheld == 1).sum()),
-        warnings=_warnings(samples, with_token),
+        warnings=_warnings(samples, with_token, layers),
         samples=samples,
     )
 
@@ -95,8 +95,17 @@ def facts_of(sensitivities: Sensitivities) -> Facts:
     return score_facts(sensitivities.layers, to_array(sensitivities.weight_error))
 
 
-def _warnings(samples: Samples, with_token: bool) -> tuple[str, ...]:
+def _warnings(samples: Samples, with_token: bool, layers: Sequence[Layer]) -> tuple[str, ...]:
     warnings = []
+    silent = (samples.squared_gradient == 0).all(0)
+    still = [layer.name for layer, none in zip(layers, silent, strict=True) if none]
+    if still:
+        more = f" and {len(still) - 3} more" if len(still) > 3 else ""
+        warnings.append(
+            f"the predictions do not depend on {', '.join(still[:3])}{more}: no gradient came from "
+            "any sequence, so their sensitivity is zero and they get the smallest format; exclude "
+            "them if other inputs use them."
+        )
     documents = len(np.unique(samples.document[samples.withheld == 0]))
     if documents < FEW_DOCUMENTS:
         warnings.append(

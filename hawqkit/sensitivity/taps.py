@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hawqkit.errors import Unsupported
+from hawqkit.models.orientation import CONVOLUTIONS, TRANSPOSED
 from hawqkit.records import Layer
+from hawqkit.sensitivity.convolution_uses import convolution_use
 from hawqkit.sensitivity.uses import EmbeddingUse, LinearUse, Use
 
 Receive = Callable[[Layer, list[Use]], None]
@@ -41,7 +43,9 @@ class Taps:
     def __init__(self, module: nn.Module, layers: tuple[Layer, ...], receive: Receive) -> None:
         self._receive = receive
         self._states = [_State(layer) for layer in layers]
-        self._in_forward = False
+        self._in_forward, self._awake, self._size = False, True, 0
+        # The graph starts at the first layer, whose output needs no gradient otherwise.
+        self._anchor = torch.zeros((), requires_grad=True)
         self._handles: list[RemovableHandle] = []
         for state in self._states:
             for name in (state.layer.name, *state.layer.tied):
@@ -49,16 +53,30 @@ class Taps:
                 self._handles.append(child.register_forward_hook(self._hook(state, name, child)))
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Count uses inside; hooks that a checkpoint's recomputation runs later do not count."""
+    def forward_pass(self, size: int) -> Iterator[None]:
+        """Count uses inside; hooks that a checkpoint's recomputation runs later do not count.
+
+        Args:
+            size: examples of the batch, the first dimension of every layer's output.
+        """
         for state in self._states:
             state.expected = 0
             state.uses.clear()
+        self._size = size
         self._in_forward = True
         try:
             yield
         finally:
             self._in_forward = False
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Let the model run inside as if no tap were there."""
+        self._awake = False
+        try:
+            yield
+        finally:
+            self._awake = True
 
     def unused(self) -> list[str]:
         """Return layers that the forward pass did not use; ask between forward and backward."""
@@ -71,47 +89,68 @@ class Taps:
         self._handles.clear()
 
     def _hook(self, state: _State, name: str, child: nn.Module) -> Callable[..., Tensor]:
-        embedding = isinstance(child, nn.Embedding)
-
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            if not torch.is_grad_enabled():
+            if not (torch.is_grad_enabled() and self._awake):
                 return output
-            source = inputs[0]
-            if output.ndim != 3:
-                raise Unsupported(
-                    f"layer {name}: its output has shape {tuple(output.shape)}; only (sequences, "
-                    "positions, features) can be measured by sequence. Exclude this layer."
-                )
+            self._refuse_shape(name, child, output)
             if self._in_forward:
                 state.expected += 1
-            if (
-                not output.requires_grad
-            ):  # nothing before this layer is measured: the graph starts here
-                output = output.detach().requires_grad_()
 
             def take(saved: Tensor, gradient: Tensor) -> None:
-                use = EmbeddingUse(saved, gradient) if embedding else LinearUse(saved, gradient)
-                state.uses.append(use)
+                state.uses.append(_use(child, saved, gradient))
                 if len(state.uses) == state.expected:
                     uses, state.uses, state.expected = state.uses, [], 0
                     self._receive(state.layer, uses)
 
-            return _Tap.apply(output, source, take)  # type: ignore[no-any-return, no-untyped-call]
+            return _Tap.apply(output, self._anchor, inputs[0], take)  # type: ignore[no-any-return, no-untyped-call]
 
         return hook
 
+    def _refuse_shape(self, name: str, child: nn.Module, output: Tensor) -> None:
+        """Refuse an output whose first dimension is not the examples of the batch."""
+        spatial = len(child.kernel_size) if isinstance(child, (*CONVOLUTIONS, *TRANSPOSED)) else 0
+        if (
+            output.shape[0] != self._size
+            or output.ndim < 2
+            or (spatial and output.ndim < 2 + spatial)
+        ):
+            raise Unsupported(
+                f"layer {name}: its output has shape {tuple(output.shape)} in a batch of "
+                f"{self._size}; only layers whose first dimension is the examples can be measured "
+                "example by example. Exclude this layer."
+            )
+
+
+def _use(child: nn.Module, source: Tensor, gradient: Tensor) -> Use:
+    """Return one call of a layer; what is not (examples, positions, features) is brought there."""
+    if isinstance(child, (*CONVOLUTIONS, *TRANSPOSED)):
+        return convolution_use(child, source, gradient)
+    if gradient.ndim == 2:  # a layer that sees each example once
+        source, gradient = source[:, None], gradient[:, None]
+    gradient = gradient.flatten(1, -2)  # (B, T, features)
+    if isinstance(child, nn.Embedding):
+        return EmbeddingUse(source.flatten(1), gradient)
+    return LinearUse(source.flatten(1, -2), gradient)
+
 
 class _Tap(torch.autograd.Function):
-    """Identity; its backward hands (saved input, output gradient) to `take`."""
+    """Identity in place; its backward hands (saved input, output gradient) to `take`.
+
+    In place, since a custom function's view may not be changed in place afterwards, which is what
+    `ReLU(inplace=True)` does to a layer's output. The anchor requires a gradient and gets none.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, source: Tensor, take: Callable[..., None]) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, anchor: Tensor, source: Tensor, take: Callable[..., None]
+    ) -> Tensor:
         ctx.save_for_backward(source)
         ctx.take = take
-        return output.view_as(output)
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (source,) = ctx.saved_tensors
         ctx.take(source, gradients[0])
-        return gradients[0], None, None
+        return gradients[0], None, None, None

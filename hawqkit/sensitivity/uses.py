@@ -13,24 +13,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """Sampled positions of the token score.
-
-    Attributes:
-        index: (B, k) positions.
-        weight: (B, k) how many positions each of them stands for; 0 fills up short sequences.
-    """
-
-    index: Tensor
-    weight: Tensor
+from hawqkit.sensitivity.positions import Positions
 
 
 class Use(ABC):
-    """Inputs and output gradients of one call of a layer."""
+    """Inputs and output gradients of one call of a layer.
+
+    Attributes:
+        gradients: (B, ...) at the layer's output.
+        rows_together: rows that see the same inputs; rows are asked for in slices that lie within
+            one such group or hold whole ones. 0 where all rows do.
+    """
 
     gradients: Tensor
+    rows_together: int = 0
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Positions at which the layer acts on an example."""
 
     @abstractmethod
     def rows(self, total: int) -> Tensor | None:
@@ -62,14 +63,19 @@ class LinearUse(Use):
     inputs: Tensor
     gradients: Tensor
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.gradients.shape[1]
+
     def rows(self, total: int) -> Tensor | None:
         """Every row is touched."""
         return None
 
     def gradient(self, rows: Tensor | slice) -> Tensor:
         """Return sum_t d_t a_t', (B, R, C)."""
-        d = _wide(self.gradients[..., rows])
-        return torch.bmm(d.transpose(1, 2), _wide(self.inputs))
+        d = wide(self.gradients[..., rows])
+        return torch.bmm(d.transpose(1, 2), wide(self.inputs))
 
     def norms(self, positions: Positions) -> Tensor:
         """Return |d_t|^2 |a_t|^2, (B, k)."""
@@ -95,6 +101,11 @@ class EmbeddingUse(Use):
     ids: Tensor
     gradients: Tensor
 
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.gradients.shape[1]
+
     def rows(self, total: int) -> Tensor | None:
         """Only the rows of tokens that occur are touched."""
         touched: Tensor = torch.unique(self.ids)
@@ -103,7 +114,7 @@ class EmbeddingUse(Use):
     def gradient(self, rows: Tensor | slice) -> Tensor:
         """Scatter the output gradients over token ids, (B, R, C)."""
         place, inside = self._places(rows)
-        d = _wide(self.gradients) * inside[..., None]
+        d = wide(self.gradients) * inside[..., None]
         count = _count(rows)
         out = d.new_zeros(len(d), count, d.shape[-1])
         return out.scatter_add_(1, place[..., None].expand_as(d), d)
@@ -134,10 +145,11 @@ class EmbeddingUse(Use):
 
 def _take(values: Tensor, positions: Positions) -> Tensor:
     index = positions.index[..., None].expand(-1, -1, values.shape[-1])
-    return _wide(values.gather(1, index))
+    return wide(values.gather(1, index))
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
+    """Return a tensor in float32, or float64 if it is that."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

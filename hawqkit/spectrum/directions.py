@@ -19,7 +19,7 @@ from hawqkit.curvature.parameters import Parameters
 from hawqkit.errors import InputError, did_you_mean
 from hawqkit.estimators.eigenpairs import Eigenpairs
 from hawqkit.estimators.probes import draw_probe, seeded
-from hawqkit.models.layers import is_transposed
+from hawqkit.models.orientation import is_transposed
 
 Wanted = str | Tensor | Mapping[str, Tensor] | Eigenpairs
 

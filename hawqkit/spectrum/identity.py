@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hawqkit.models.batches import Sequences
+from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 
 
@@ -25,9 +25,9 @@ def model_identity(model: nn.Module | LoadedModel) -> tuple[str, str]:
     return type(model).__name__, digest.hexdigest()
 
 
-def batches_identity(batches: Iterable[Any] | Sequences) -> str:
+def batches_identity(batches: Iterable[Any] | Data) -> str:
     """Return a hash of batches: every tensor and number in them, in order."""
-    if isinstance(batches, Sequences):
+    if isinstance(batches, Data):
         return batches.facts.hash
     digest = hashlib.sha256()
     for batch in batches:

@@ -22,7 +22,7 @@ from hawqkit.curvature.operator import SymmetricOperator
 from hawqkit.distributed import gather, processes
 from hawqkit.errors import InputError
 from hawqkit.journal import Journal
-from hawqkit.models.batches import Sequences
+from hawqkit.models.batch import Data
 from hawqkit.models.layers import block_of
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import WHOLE_NETWORK, Estimate, Spectrum
@@ -51,6 +51,7 @@ TRACE_ERROR, TRACE_PROBES = 0.1, 64
 # Tokens of a batch: enough to run near full speed on a CPU, few enough that a graph of second
 # derivatives stays below 4 GiB for a model of 135 million weights.
 BATCH_TOKENS = {"gauss-newton": 512, "hessian": 256}
+EXAMPLES = 32  # of a classifier in a batch
 # Products of several vectors are cut into chunks that fit. A constant, since the rounding of a
 # product depends on the chunks, and a resumed run must give the same bits.
 PRODUCT_BYTES = 2 << 30
@@ -81,7 +82,7 @@ class SpectrumSettings:
 
 def measure_spectrum(
     model: nn.Module | LoadedModel,
-    batches: Iterable[Any] | Sequences,
+    batches: Iterable[Any] | Data,
     settings: SpectrumSettings | None = None,
     *,
     objective: Objective | None = None,
@@ -95,7 +96,7 @@ def measure_spectrum(
 
     Args:
         model: a network in eval mode.
-        batches: `Sequences`, or a list of batches as for `hessian`.
+        batches: `Data`, or a list of batches as for `hessian`.
         settings: what and how.
         objective: the loss; cross-entropy by default.
         folder: keeps each finished block, its eigenvectors, and the draw under way: a killed run
@@ -125,7 +126,7 @@ def measure_spectrum(
 
 def operators_of(
     model: nn.Module | LoadedModel,
-    batches: Iterable[Any] | Sequences,
+    batches: Iterable[Any] | Data,
     settings: SpectrumSettings,
     objective: Objective,
     chosen: tuple[str, ...],
@@ -199,7 +200,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module | LoadedModel,
-        batches: Iterable[Any] | Sequences,
+        batches: Iterable[Any] | Data,
         settings: SpectrumSettings,
         objective: Objective,
         folder: str | Path | None,
@@ -209,7 +210,7 @@ class _Run:
         module = model.module if isinstance(model, LoadedModel) else model
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.source, self.model_hash = model_identity(model)
-        self.data = batches.facts if isinstance(batches, Sequences) else None
+        self.data = batches.facts if isinstance(batches, Data) else None
         self.known = tuple(choose_layers(model)) if self.candidates else ()
         self.facts = {
             "spectrum": settings.kind,
@@ -307,13 +308,15 @@ def block_folder(name: str, known: Sequence[str]) -> str:
     return "whole" if name == WHOLE_NETWORK else f"layer-{known.index(name):04d}"
 
 
-def batches_of(batches: Iterable[Any] | Sequences, kind: str) -> Iterable[Any]:
+def batches_of(batches: Iterable[Any] | Data, kind: str) -> Iterable[Any]:
     """Return batches of several sequences, but one at least for each process."""
-    if not isinstance(batches, Sequences):
+    if not isinstance(batches, Data):
         return batches
     chosen = [row for row, held in enumerate(batches.withheld.tolist()) if not held]
     share = -(-len(chosen) // processes().count)
-    size = max(1, min(share, BATCH_TOKENS[kind] // batches.tokens.shape[1]))
+    # An image is many positions to the layers inside, whatever its facts call its length.
+    most = EXAMPLES if batches.facts.classes else BATCH_TOKENS[kind] // batches.facts.length
+    size = max(1, min(share, most))
     return [batches.micro_batch(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 

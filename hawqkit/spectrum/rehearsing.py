@@ -13,7 +13,7 @@ from hawqkit.curvature.layers import choose_layers
 from hawqkit.curvature.objective import Objective, cross_entropy
 from hawqkit.curvature.operator import SymmetricOperator
 from hawqkit.estimators.ranks import DENSE_UP_TO
-from hawqkit.models.batches import Sequences
+from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import WHOLE_NETWORK
 from hawqkit.spectrum.blocks import BlockSettings
@@ -41,7 +41,7 @@ def expected_products(size: int, settings: BlockSettings) -> int:
 
 def rehearse_spectrum(
     model: nn.Module | LoadedModel,
-    batches: Iterable[Any] | Sequences,
+    batches: Iterable[Any] | Data,
     settings: SpectrumSettings,
     *,
     objective: Objective | None = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hawqkit.costs import available_bytes
-from hawqkit.models.batches import MicroBatch, Sequences
+from hawqkit.models.batch import Batch, Data, predictions, refuse_labels
 from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.apply import applied
 from hawqkit.records import Floats, Integers
@@ -46,7 +46,7 @@ class TokenResults:
 def measure_text(
     model: LoadedModel,
     mixes: Mapping[str, Mapping[str, str]],
-    text: Sequences,
+    text: Data,
     *,
     rounding: str,
     batch: int = 4,
@@ -62,7 +62,7 @@ def measure_text(
     Args:
         model: the original.
         mixes: name -> (layer -> format).
-        text: held-out sequences.
+        text: held-out sequences, or examples.
         rounding: as in the run that chose.
         batch: sequences that go through the model together.
         track: shows progress over forward passes.
@@ -72,7 +72,7 @@ def measure_text(
         results of the original (its `kl` is zero) and of each mix.
     """
     batches = list(text.micro_batches(batch))
-    vocabulary = _vocabulary(model)
+    vocabulary = _classes(model, text)
     wanted = int(text.facts.counted) * vocabulary * 4
     keep = wanted <= min(KEEP_BYTES, KEEP_SHARE * available_bytes(str(model.device)))
     passes = iter(
@@ -106,27 +106,28 @@ def measure_text(
     return _join(original), results
 
 
-def _vocabulary(model: LoadedModel) -> int:
+def _classes(model: LoadedModel, text: Data) -> int:
+    """Return the number of logits of a prediction: the vocabulary, or the classes."""
+    if text.facts.classes:
+        return text.facts.classes
     head = model.module.get_output_embeddings()  # type: ignore[operator]
     return int(head.weight.shape[0])
 
 
 @torch.no_grad()
-def _counted_logits(model: LoadedModel, part: MicroBatch, passes: Iterator[Any]) -> Tensor:
+def _counted_logits(model: LoadedModel, part: Batch, passes: Iterator[Any]) -> Tensor:
     """Return the logits of counted predictions, (n, V) in float32 or better."""
     next(passes)
-    device = model.device
-    out = model.module(
-        input_ids=part.tokens.to(device), attention_mask=part.attention.to(device), use_cache=False
-    ).logits
-    chosen = out[:, :-1][part.counted[:, 1:].to(device)]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))  # type: ignore[no-any-return]
+    logits = predictions(model.module, part, model.device)
+    chosen = logits[part.predicts.to(logits.device)]
+    refuse_labels(part.targets, part.predicts, chosen.shape[-1])
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
 @torch.no_grad()
-def _compare(original: Tensor, changed: Tensor, part: MicroBatch) -> TokenResults:
-    mask = part.counted[:, 1:]
-    target = part.tokens[:, 1:][mask].to(changed.device)
+def _compare(original: Tensor, changed: Tensor, part: Batch) -> TokenResults:
+    mask = part.predicts
+    target = part.targets[mask].to(changed.device)
     kl, same, loss = [], [], []
     for start in range(0, len(changed), ROWS):
         rows = slice(start, start + ROWS)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from hawqkit.models.batches import Sequences
+from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import (
     Allocation,
@@ -26,7 +26,7 @@ CHOSEN = "chosen"
 def validate_mixes(
     model: LoadedModel,
     allocation: Allocation,
-    texts: Mapping[str, Sequences],
+    texts: Mapping[str, Data],
     *,
     track: Track,
     batch: int = 4,
@@ -36,7 +36,7 @@ def validate_mixes(
     Args:
         model: the original model; it is restored bit for bit.
         allocation: the chosen mix and its baselines.
-        texts: name -> sequences that the choice has not seen.
+        texts: name -> sequences or examples that the choice has not seen.
         track: shows progress.
         batch: sequences that go through the model together.
 
