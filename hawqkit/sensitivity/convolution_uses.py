@@ -17,12 +17,16 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from hawqkit.models.orientation import TRANSPOSED
 from hawqkit.sensitivity.positions import Positions
 from hawqkit.sensitivity.uses import Use, wide
+
+# Entries of the patches that are cut at once: 1 MB of float32, within a core's own cache.
+PATCH_ENTRIES = 1 << 18
 
 
 def convolution_use(module: nn.Module, inputs: Tensor, gradients: Tensor) -> Use:
@@ -45,6 +49,7 @@ class _GroupedUse(Use):
         self._inputs, self.gradients = inputs, gradients
         self._groups = int(self._module.groups)
         self.rows_together = gradients.shape[1] // self._groups
+        self._kept: tuple[Positions, Tensor] | None = None  # patches at the sampled positions
 
     def rows(self, total: int) -> Tensor | None:
         """Every row is touched."""
@@ -57,54 +62,89 @@ class _GroupedUse(Use):
 
 
 class ConvolutionUse(_GroupedUse):
-    """A convolution in one to three dimensions."""
+    """A convolution in one to three dimensions.
+
+    Patches are cut with the channels innermost, so that whole runs of memory are copied; gradients
+    and errors have their columns in that order, (k, I/g), within this file.
+    """
 
     @property
     def length(self) -> int:
         """Pixels of the output."""
         return math.prod(self.gradients.shape[2:])
 
+    def arrange(self, errors: Tensor) -> Tensor:
+        """Return errors (F, R, K) with the columns in the order of the patches."""
+        inputs = self._inputs.shape[1] // self._groups
+        if inputs in (1, errors.shape[2]):
+            return errors
+        return errors.reshape(*errors.shape[:2], inputs, -1).transpose(2, 3).flatten(2)
+
     @cached_property
     def _d(self) -> Tensor:
         return wide(self.gradients.flatten(2))  # (B, O, T)
 
     @cached_property
-    def _patches(self) -> Tensor:
-        """The inputs of every output pixel, (B, g, K, T)."""
+    def _windows(self) -> Tensor:
+        """A view of the inputs of every output pixel, (B, g, *pixels, *kernel, I/g)."""
         m = self._module
         x = wide(self._inputs)
         if any(m._reversed_padding_repeated_twice):
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             x = pad(x, m._reversed_padding_repeated_twice, mode=mode)
-        cut = _windows(x, m.kernel_size, m.stride, m.dilation, self.gradients.shape[2:])
-        return cut.reshape(len(x), self._groups, -1, self.length)
+        x = x.movedim(1, -1).contiguous()  # (B, ..., I)
+        inputs = x.shape[-1] // self._groups
+        steps = x.stride()[1:-1]
+        inside = [s * d for s, d in zip(steps, m.dilation, strict=True)]
+        across = [s * d for s, d in zip(steps, m.stride, strict=True)]
+        shape = (len(x), self._groups, *self.gradients.shape[2:], *m.kernel_size, inputs)
+        return x.as_strided(shape, (x.stride(0), inputs, *across, *inside, 1))
 
-    def gradient(self, rows: Tensor | slice) -> Tensor:
-        """Return sum_t d_t p_t', (B, R, K)."""
-        span = self._span(rows)
-        a = self._patches[:, span].transpose(2, 3)  # (B, n, T, K)
-        d = self._d[:, rows].reshape(*a.shape[:2], -1, self.length)  # (B, n, R/n, T)
-        return (d @ a).flatten(1, 2)
+    @property
+    def _columns(self) -> int:
+        return math.prod(self._windows.shape[2 + len(self._module.kernel_size) :])
+
+    def gradient(self, rows: Tensor | slice, some: slice) -> Tensor:
+        """Return sum_t d_t p_t', (b, R, K)."""
+        windows = self._windows[some, self._span(rows)]
+        b, n = windows.shape[:2]
+        d = self._d[some, rows].reshape(b, n, -1, self.length)  # (b, n, R/n, T)
+        out = d.new_empty(*d.shape[:3], self._columns)
+        on_cpu = windows.device.type == "cpu"
+        each = max(1, PATCH_ENTRIES // max(1, windows[0].numel())) if on_cpu else b
+        for start in range(0, b, each):
+            part = slice(start, start + each)
+            patches = windows[part].reshape(-1, n, self.length, self._columns)
+            torch.matmul(d[part], patches, out=out[part])
+        return out.flatten(1, 2)
 
     def norms(self, positions: Positions) -> Tensor:
         """Return sum over groups of |d_t|^2 |p_t|^2, (B, s)."""
         d = _at(self._d, positions).square()  # (B, O, s)
         d = d.reshape(len(d), self._groups, -1, d.shape[-1]).sum(2)  # (B, g, s)
-        return (d * _at(self._patches, positions).square().sum(2)).sum(1)
+        return (d * self._sampled(slice(None), positions).square().sum(3)).sum(1)
 
     def responses(
         self, rows: Tensor | slice, errors: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor]:
         """One product of (F R, K) with (K, B s) a group, then a sum over rows."""
-        span = self._span(rows)
         formats, count, columns = errors.shape
-        patches = _at(self._patches[:, span], positions)  # (B, n, K, s)
+        patches = self._sampled(self._span(rows), positions)  # (B, n, s, K)
         n = patches.shape[1]
-        a = patches.permute(1, 2, 0, 3).reshape(n, columns, -1)  # (n, K, B s)
-        y = errors.view(formats, n, count // n, columns) @ a  # (F, n, R/n, B s)
+        a = patches.transpose(0, 1).reshape(n, -1, columns).transpose(1, 2)  # (n, K, B s)
+        y = errors.reshape(formats, n, count // n, columns) @ a  # (F, n, R/n, B s)
         d = _at(self._d[:, rows], positions).permute(1, 0, 2)  # (R, B, s)
         y = y.view(formats, count, *positions.index.shape).mul_(d)
         return y.square().sum(1).permute(1, 2, 0), y.sum(1).permute(1, 2, 0)
+
+    def _sampled(self, span: slice, positions: Positions) -> Tensor:
+        """Return patches at the sampled positions, (B, n, s, K)."""
+        if self._kept is None or self._kept[0] is not positions:
+            pixels = torch.unravel_index(positions.index, self.gradients.shape[2:])
+            example = torch.arange(len(positions.index), device=positions.index.device)[:, None]
+            part = self._windows.movedim(1, -1)[(example, *pixels)]  # (B, s, *kernel, I/g, g)
+            self._kept = positions, part.movedim(-1, 1).flatten(3)
+        return self._kept[1][:, span]
 
 
 class TransposedUse(_GroupedUse):
@@ -130,11 +170,12 @@ class TransposedUse(_GroupedUse):
         cut = _windows(d, m.kernel_size, m.stride, m.dilation, self._inputs.shape[2:])
         return cut.reshape(len(d), self._groups, self.rows_together, -1, self.length)
 
-    def gradient(self, rows: Tensor | slice) -> Tensor:
-        """Return sum_t patch_t x_t', (B, R, K)."""
+    def gradient(self, rows: Tensor | slice, some: slice) -> Tensor:
+        """Return sum_t patch_t x_t', (b, R, K)."""
         d, span = self._taken(rows)
-        made = d.flatten(2, 3) @ self._x[:, span].transpose(2, 3)  # (B, n, R/n k, I/g)
-        made = made.view(*d.shape[:4], -1).transpose(3, 4)  # (B, n, R/n, I/g, k)
+        d = d[some]
+        made = d.flatten(2, 3) @ self._x[some, span].transpose(2, 3)  # (b, n, R/n k, I/g)
+        made = made.view(*d.shape[:4], -1).transpose(3, 4)  # (b, n, R/n, I/g, k)
         return made.flatten(3).flatten(1, 2)
 
     def norms(self, positions: Positions) -> Tensor:

@@ -24,13 +24,15 @@ from hawqkit.formats import NONE
 from hawqkit.models.batch import Batch, predictions
 from hawqkit.models.checkpointing import checkpointed
 from hawqkit.quantize.errors_of import LayerErrors
-from hawqkit.records import Layer
+from hawqkit.records import Integers, Layer
 from hawqkit.sensitivity.labels import sampled_residuals, uniforms
 from hawqkit.sensitivity.positions import PositionSampler
 from hawqkit.sensitivity.reduction import LayerSums, Scratch, reduce_layer
 from hawqkit.sensitivity.taps import Taps
 from hawqkit.sensitivity.uses import Use
 from hawqkit.store import Arrays
+
+PAIRED = 16
 
 
 class DualProbe:
@@ -45,6 +47,7 @@ class DualProbe:
         positions: sampled positions a sequence for the token score; 0 leaves the score out.
         seed: of labels and positions.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        paired: neighbors of a batch whose gradients are multiplied with each other, for |G|_F.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class DualProbe:
         positions: int = 16,
         seed: int = 0,
         checkpointing: bool = False,
+        paired: int = PAIRED,
     ) -> None:
+        self._paired = paired
         self._module, self._layers, self._formats = module, tuple(layers), tuple(formats)
         self._weights, self._errors = weights, errors
         self._positions, self._seed = positions, seed
@@ -123,6 +128,7 @@ class DualProbe:
             self._errors[layer.name],
             self._sampler,
             self._scratch,
+            self._paired,
         )
 
     def _make_sampler(self, batch: Batch, device: torch.device) -> PositionSampler | None:
@@ -169,7 +175,7 @@ class DualProbe:
 
     def _collect(self, batch: Batch, labels: Tensor) -> Arrays:
         size, count = len(batch.index), len(self._layers)
-        first, second = np.triu_indices(size, 1)
+        first, second = _pairs(size, self._paired)
         shape = (size, count, len(self._formats))
         out: Arrays = {
             "index": batch.index.numpy().astype(np.int64),
@@ -188,14 +194,15 @@ class DualProbe:
             sums = self._sums.get(layer.name)
             if sums is None:
                 sums = self._nothing(size, len(columns))
-            gram = sums.gram.double().cpu().numpy()
+            gram = sums.gram.double().cpu().numpy()  # (blocks, p, p)
             if not np.isfinite(gram).all():
                 raise NumericalError(
                     f"the gradient of layer {layer.name} holds NaN or infinity; check the "
                     "checkpoint, and use dtype float32 or bfloat16 if float16 overflows."
                 )
-            out["squared_gradient"][:, i] = np.diagonal(gram)
-            out["gram"][:, i] = gram[first, second]
+            out["squared_gradient"][:, i] = np.diagonal(gram, axis1=1, axis2=2).ravel()[:size]
+            p = gram.shape[1]
+            out["gram"][:, i] = gram[first // p, first % p, second % p]
             out["token_norm"][:, i] = sums.token_norm.double().cpu().numpy()
             for name in ("directional", "token", "token_summed"):
                 out[name][:, i, columns] = getattr(sums, name).double().cpu().numpy()
@@ -206,5 +213,12 @@ class DualProbe:
 
     def _nothing(self, size: int, formats: int) -> LayerSums:
         """Return the sums of a layer that the logits do not depend on."""
-        zeros = torch.zeros(size, formats)
-        return LayerSums(torch.zeros(size, size), zeros, torch.zeros(size), zeros, zeros)
+        zeros, none = torch.zeros(size, formats), torch.zeros(size)
+        return LayerSums(none, torch.zeros(1, size, size), zeros, none, zeros, zeros)
+
+
+def _pairs(size: int, paired: int) -> tuple[Integers, Integers]:
+    """Return the rows of all pairs within blocks of `paired` neighbors."""
+    first, second = np.triu_indices(size, 1)
+    same = first // paired == second // paired
+    return first[same], second[same]

@@ -16,6 +16,8 @@ from hawqkit.sensitivity.labels import uniforms
 
 POSITION_STREAM = 0x5EED  # keeps the draws of positions apart from those of labels
 
+PIXELS = 64  # for each sampled one, at least
+
 
 @dataclass(frozen=True, slots=True)
 class Positions:
@@ -33,10 +35,17 @@ class Positions:
 class PositionSampler:
     """Draws positions of one batch for layers of any number of positions.
 
-    The first position, where attention sinks sit, is always taken, and others at random. The first
-    token's input is often a hundred times the others'; leaving it to chance would make one sequence
-    in T/k decide the score. Weights keep every sum unbiased: 1 for the first position,
-    (length - 1) / (k - 1) for the others. A draw depends on (seed, example, T) alone.
+    Of a text the first position, where attention sinks sit, is always taken, and others at random.
+    The first token's input is often a hundred times the others'; leaving it to chance would make
+    one sequence in T/k decide the score. Weights keep every sum unbiased: 1 for the first position,
+    (length - 1) / (k - 1) for the others.
+
+    Pixels are all alike: one at random from each of k equal stretches, with weight T/k, but no more
+    than one in 64, so that the score stays cheap beside the gradients where an image has few. A
+    stretch that ends inside a pixel takes it with the part that it holds, so every pixel is taken
+    k/T times in the mean.
+
+    A draw depends on (seed, example, T) alone.
 
     Args:
         index: global indices of the B examples.
@@ -65,14 +74,18 @@ class PositionSampler:
         return self._made[length]
 
     def _draw(self, length: int) -> Positions:
-        k = min(self._count, length)
+        if self._attention is None or self._attention.shape[1] != length:
+            k = min(self._count, -(-length // PIXELS))
+            within = uniforms(self._index, k, self._seed + length)  # (B, k)
+            index = ((torch.arange(k) + within) * (length / k)).long().clamp_(max=length - 1)
+            weight = torch.full(index.shape, length / k)
+            return Positions(index.to(self._device), weight.to(self._device))
         keys = uniforms(self._index, length, self._seed)  # (B, T)
-        lengths = torch.full((len(self._index), 1), length)
-        if self._attention is not None and self._attention.shape[1] == length:
-            keys = keys.masked_fill(~self._attention, 2.0)
-            lengths = self._attention.sum(1, keepdim=True)  # (B, 1)
+        k = min(self._count, length)
+        keys = keys.masked_fill(~self._attention, 2.0)
         keys[:, 0] = -1.0
         index = keys.argsort(dim=1, stable=True)[:, :k]  # (B, k)
+        lengths = self._attention.sum(1, keepdim=True)  # (B, 1)
         taken = lengths.clamp(max=k)
         weight = ((lengths - 1) / (taken - 1).clamp(min=1)).expand(-1, k).clone()
         weight[:, 0] = 1.0

@@ -21,7 +21,7 @@ from hawqkit.quantize.rounding import scale_dtype_for
 from hawqkit.records import SCHEMA, DataFacts, Floats, Layer, Samples, Sensitivities, Skipped
 from hawqkit.sensitivity.curvature_probe import CurvatureProbe, CurvatureSettings
 from hawqkit.sensitivity.curvature_scores import with_curvature
-from hawqkit.sensitivity.dual_probe import DualProbe
+from hawqkit.sensitivity.dual_probe import PAIRED, DualProbe
 from hawqkit.sensitivity.summary import summarize
 from hawqkit.store import Arrays, fingerprint
 
@@ -31,7 +31,8 @@ Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 # memory. An accelerator wants more.
 CPU_TOKENS, DEVICE_TOKENS = 1024, 8192
 MOST_SEQUENCES = 16
-MOST_EXAMPLES = 32  # of a classifier, whose layers' errors are made again for each batch
+MOST_EXAMPLES = 64  # of a classifier, whose layers' errors are made again for each batch
+PAIRED_EXAMPLES = 4  # of them, whose gradients are multiplied with each other
 CODES_SHARE = 0.25  # of the free memory, that int8 codes may take
 MISFIT_LINES = 6  # widths that a message names: most models have two or three
 
@@ -183,6 +184,7 @@ class Prober:
             positions=self._settings.positions,
             seed=self._settings.seed,
             checkpointing=self._settings.checkpointing,
+            paired=PAIRED_EXAMPLES if self._batches.facts.classes else PAIRED,
         )
         self._dual.__enter__()
         return self

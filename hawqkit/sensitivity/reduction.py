@@ -14,18 +14,20 @@ from torch import Tensor
 
 from hawqkit.quantize.errors_of import LayerErrors
 from hawqkit.sensitivity.positions import PositionSampler
-from hawqkit.sensitivity.uses import Use
+from hawqkit.sensitivity.uses import Use, count_of
 
 # Entries of errors made at once: 2^21 float32 are 8 MB, the order of a last-level cache's share.
 CPU_ENTRIES = 1 << 21
 DEVICE_ENTRIES = 1 << 26
+CACHED_ENTRIES = 1 << 18  # of gradients, 1 MB of float32: what a core's own cache holds
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSums:
     """What one micro-batch says about one layer; raw sums by sequence, see `records.Samples`."""
 
-    gram: Tensor  # (B, B) g_b . g_b'
+    squares: Tensor  # (B,) |g_b|^2
+    gram: Tensor  # (B / p, p, p) g_b . g_b' within blocks of p examples; padded with zeros
     directional: Tensor  # (B, F) g_b . dW_f
     token_norm: Tensor  # (B,)
     token: Tensor  # (B, F)
@@ -53,6 +55,7 @@ def reduce_layer(
     errors: LayerErrors,
     sampler: PositionSampler | None,
     scratch: Scratch,
+    paired: int,
 ) -> LayerSums:
     """Reduce all uses of a weight: `g_b = sum over uses`, added before anything is squared.
 
@@ -62,29 +65,36 @@ def reduce_layer(
         errors: makes dW_f for any rows.
         sampler: of the token score's positions; None leaves that score out.
         scratch: where errors are made.
+        paired: examples of a block, within which products of gradients are taken. All pairs of a
+            large batch would cost more than the gradients.
     """
     batch, formats = len(uses[0].gradients), len(errors.formats)
     like = weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
-    gram, directional = like.new_zeros(batch, batch), like.new_zeros(batch, formats)
+    blocks = -(-batch // paired)
+    gram, directional = like.new_zeros(blocks, paired, paired), like.new_zeros(batch, formats)
     positions = [sampler.at(use.length) for use in uses] if sampler is not None else []
     squares = [like.new_zeros(*at.index.shape, formats) for at in positions]
     sums = [like.new_zeros(*at.index.shape, formats) for at in positions]
-    for rows in _row_chunks(uses, weight, max(formats, batch)):
-        gradient = uses[0].gradient(rows)
-        for use in uses[1:]:
-            gradient += use.gradient(rows)
-        flat = gradient.flatten(1)  # (B, R C)
-        gram += flat @ flat.T
-        if not formats:
-            continue
-        made = scratch.take(like, formats, *gradient.shape[1:])  # (F, R, C)
-        errors.fill(weight, made, rows)
-        # In this order: BLAS takes twice as long for a few rows times many columns.
-        directional += (made.flatten(1) @ flat.T).T
+    for rows in _row_chunks(uses, weight, max(formats, min(batch, paired))):
+        made = like.new_empty(0)
+        if formats:
+            made = scratch.take(like, formats, count_of(rows), weight.shape[1])  # (F, R, C)
+            errors.fill(weight, made, rows)
+            made = uses[0].arrange(made)
+        for some in _example_blocks(batch, count_of(rows) * weight.shape[1], paired, weight):
+            gradient = uses[0].gradient(rows, some)
+            for use in uses[1:]:
+                gradient += use.gradient(rows, some)
+            flat = gradient.flatten(1)  # (b, R C)
+            _add_gram(gram[some.start // paired :], flat)
+            if formats:
+                # In this order: BLAS takes twice as long for a few rows times many columns.
+                directional[some] += (made.flatten(1) @ flat.T).T
         for use, at, square, total in zip(uses, positions, squares, sums, strict=False):
-            more_square, more_total = use.responses(rows, made, at)
-            square += more_square
-            total += more_total
+            if formats:
+                more_square, more_total = use.responses(rows, made, at)
+                square += more_square
+                total += more_total
     norm, empty = like.new_zeros(batch), like.new_zeros(batch, formats)
     token, summed = empty, empty.clone()
     for use, at, square, total in zip(uses, positions, squares, sums, strict=False):
@@ -92,7 +102,30 @@ def reduce_layer(
         norm = norm + (use.norms(at) * w).sum(-1)
         token = token + (square * w[..., None]).sum(1)
         summed = summed + (total.square() * w[..., None]).sum(1)
-    return LayerSums(gram, directional, norm, token, summed)
+    diagonal = gram.diagonal(dim1=1, dim2=2).flatten()[:batch]
+    return LayerSums(diagonal, gram, directional, norm, token, summed)
+
+
+def _example_blocks(batch: int, entries: int, paired: int, weight: Tensor) -> Iterator[slice]:
+    """Yield the examples to handle at once, so that their gradients stay in the cache.
+
+    Whole blocks of pairs, and at least one; all examples on an accelerator.
+    """
+    fitting = CACHED_ENTRIES // max(entries, 1) if weight.device.type == "cpu" else batch
+    step = max(paired, fitting - fitting % paired)
+    for start in range(0, batch, step):
+        yield slice(start, min(start + step, batch))
+
+
+def _add_gram(gram: Tensor, flat: Tensor) -> None:
+    """Add the products of gradients (b, n) within blocks to the first of gram (blocks, p, p)."""
+    paired, whole = gram.shape[1], len(flat) // gram.shape[1]
+    if whole:
+        part = flat[: whole * paired].view(whole, paired, -1)
+        gram[:whole].baddbmm_(part, part.transpose(1, 2))
+    rest = flat[whole * paired :]
+    if len(rest):
+        gram[whole, : len(rest), : len(rest)] += rest @ rest.T
 
 
 def _row_chunks(uses: list[Use], weight: Tensor, copies: int) -> Iterator[Tensor | slice]:

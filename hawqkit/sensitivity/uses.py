@@ -33,13 +33,17 @@ class Use(ABC):
     def length(self) -> int:
         """Positions at which the layer acts on an example."""
 
+    def arrange(self, errors: Tensor) -> Tensor:
+        """Return errors (F, R, C) with their columns in the order that this use works in."""
+        return errors
+
     @abstractmethod
     def rows(self, total: int) -> Tensor | None:
         """Return the rows of the weight that this use can touch, None for all of them."""
 
     @abstractmethod
-    def gradient(self, rows: Tensor | slice) -> Tensor:
-        """Return each sequence's gradient of those rows, (B, R, C)."""
+    def gradient(self, rows: Tensor | slice, some: slice) -> Tensor:
+        """Return the gradients of those rows for b examples, (b, R, C), columns as `arrange`'s."""
 
     @abstractmethod
     def norms(self, positions: Positions) -> Tensor:
@@ -72,10 +76,10 @@ class LinearUse(Use):
         """Every row is touched."""
         return None
 
-    def gradient(self, rows: Tensor | slice) -> Tensor:
-        """Return sum_t d_t a_t', (B, R, C)."""
-        d = wide(self.gradients[..., rows])
-        return torch.bmm(d.transpose(1, 2), wide(self.inputs))
+    def gradient(self, rows: Tensor | slice, some: slice) -> Tensor:
+        """Return sum_t d_t a_t', (b, R, C)."""
+        d = wide(self.gradients[some, :, rows])
+        return torch.bmm(d.transpose(1, 2), wide(self.inputs[some]))
 
     def norms(self, positions: Positions) -> Tensor:
         """Return |d_t|^2 |a_t|^2, (B, k)."""
@@ -111,11 +115,11 @@ class EmbeddingUse(Use):
         touched: Tensor = torch.unique(self.ids)
         return touched
 
-    def gradient(self, rows: Tensor | slice) -> Tensor:
-        """Scatter the output gradients over token ids, (B, R, C)."""
-        place, inside = self._places(rows)
-        d = wide(self.gradients) * inside[..., None]
-        count = _count(rows)
+    def gradient(self, rows: Tensor | slice, some: slice) -> Tensor:
+        """Scatter the output gradients over token ids, (b, R, C)."""
+        place, inside = (part[some] for part in self._places(rows))
+        d = wide(self.gradients[some]) * inside[..., None]
+        count = count_of(rows)
         out = d.new_zeros(len(d), count, d.shape[-1])
         return out.scatter_add_(1, place[..., None].expand_as(d), d)
 
@@ -153,5 +157,6 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _count(rows: Tensor | slice) -> int:
+def count_of(rows: Tensor | slice) -> int:
+    """Return how many rows are asked for."""
     return len(rows) if isinstance(rows, Tensor) else int(rows.stop - rows.start)
