@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hawqkit.curvature.activation_traces import activation_traces
     from hawqkit.curvature.fisher import empirical_fisher, fisher
     from hawqkit.curvature.gauss_newton import gauss_newton
     from hawqkit.curvature.hessian import hessian
@@ -22,19 +23,27 @@ if TYPE_CHECKING:
     from hawqkit.estimators.traces import trace
     from hawqkit.models.batches import load_batches
     from hawqkit.models.examples import Examples, make_examples
+    from hawqkit.models.folding import fold_batch_norms, with_folded_batch_norms
+    from hawqkit.models.labelled import load_examples
     from hawqkit.models.loading import load_model
     from hawqkit.models.model import wrap_model
+    from hawqkit.models.operations import count_operations, with_operations
     from hawqkit.pipeline.surface import allocate, export, validate
+    from hawqkit.pipeline.timing import write_latencies
+    from hawqkit.quantize.activations import ActivationSettings, calibrate_activations
     from hawqkit.records import (
+        ActivationRanges,
         Allocation,
         Density,
         Estimate,
         Frontier,
         Landscape,
+        LatencyTable,
         Layer,
         Provenance,
         Sensitivities,
         Spectrum,
+        Tuning,
         Validation,
     )
     from hawqkit.report.html import write_report
@@ -52,29 +61,45 @@ if TYPE_CHECKING:
         layer_ranks,
         layer_top_eigenpairs,
     )
+    from hawqkit.targets.onnx import measure_graph
+    from hawqkit.targets.onnx_latency import measure_latency
+    from hawqkit.tuning.outcome import Tuned
+    from hawqkit.tuning.saved import load_tuned
+    from hawqkit.tuning.settings import Distillation, TuneSettings
+    from hawqkit.tuning.tuning import tune
 
 __version__ = "0.1.0"
 
 # Public name -> module that defines it. A name must not be that of a room: after the first import
 # of the room, `hawqkit.<name>` would be the module.
 _HOMES = {
+    "ActivationRanges": "hawqkit.records",
+    "ActivationSettings": "hawqkit.quantize.activations",
     "Allocation": "hawqkit.records",
     "Density": "hawqkit.records",
+    "Distillation": "hawqkit.tuning.settings",
     "Estimate": "hawqkit.records",
     "Examples": "hawqkit.models.examples",
     "Frontier": "hawqkit.records",
     "HawqkitError": "hawqkit.errors",
     "InputError": "hawqkit.errors",
     "Landscape": "hawqkit.records",
+    "LatencyTable": "hawqkit.records",
     "Layer": "hawqkit.records",
     "Objective": "hawqkit.curvature.objective",
     "Provenance": "hawqkit.records",
     "Sensitivities": "hawqkit.records",
     "Spectrum": "hawqkit.records",
     "SpectrumSettings": "hawqkit.spectrum.measuring",
+    "TuneSettings": "hawqkit.tuning.settings",
+    "Tuned": "hawqkit.tuning.outcome",
+    "Tuning": "hawqkit.records",
     "Validation": "hawqkit.records",
+    "activation_traces": "hawqkit.curvature.activation_traces",
     "allocate": "hawqkit.pipeline.surface",
+    "calibrate_activations": "hawqkit.quantize.activations",
     "class_decomposition": "hawqkit.spectrum.class_structure",
+    "count_operations": "hawqkit.models.operations",
     "cross_entropy": "hawqkit.curvature.objective",
     "deep_linear_ranks": "hawqkit.spectrum.deep_linear",
     "density": "hawqkit.estimators.densities",
@@ -82,6 +107,7 @@ _HOMES = {
     "empirical_fisher": "hawqkit.curvature.fisher",
     "export": "hawqkit.pipeline.surface",
     "fisher": "hawqkit.curvature.fisher",
+    "fold_batch_norms": "hawqkit.models.folding",
     "gauss_newton": "hawqkit.curvature.gauss_newton",
     "gradient_share": "hawqkit.spectrum.gradient_share",
     "gradient_shares": "hawqkit.spectrum.gradient_share",
@@ -92,10 +118,14 @@ _HOMES = {
     "layer_top_eigenpairs": "hawqkit.spectrum.per_layer",
     "layer_traces": "hawqkit.curvature.layer_traces",
     "load_batches": "hawqkit.models.batches",
+    "load_examples": "hawqkit.models.labelled",
     "load_model": "hawqkit.models.loading",
+    "load_tuned": "hawqkit.tuning.saved",
     "loss_landscape": "hawqkit.spectrum.landscape",
     "make_examples": "hawqkit.models.examples",
     "measure_deep_linear_ranks": "hawqkit.spectrum.deep_linear",
+    "measure_graph": "hawqkit.targets.onnx",
+    "measure_latency": "hawqkit.targets.onnx_latency",
     "measure_spectrum": "hawqkit.spectrum.measuring",
     "outliers": "hawqkit.spectrum.outliers",
     "probe": "hawqkit.sensitivity.probing",
@@ -103,31 +133,45 @@ _HOMES = {
     "squared_error": "hawqkit.curvature.objective",
     "top_eigenpairs": "hawqkit.estimators.eigenpairs",
     "trace": "hawqkit.estimators.traces",
+    "tune": "hawqkit.tuning.tuning",
     "validate": "hawqkit.pipeline.surface",
+    "with_folded_batch_norms": "hawqkit.models.folding",
+    "with_operations": "hawqkit.models.operations",
     "wrap_model": "hawqkit.models.model",
+    "write_latencies": "hawqkit.pipeline.timing",
     "write_report": "hawqkit.report.html",
 }
 
 # A literal, because type checkers and linters read it; a test keeps it equal to the table.
 __all__ = [
+    "ActivationRanges",
+    "ActivationSettings",
     "Allocation",
     "Density",
+    "Distillation",
     "Estimate",
     "Examples",
     "Frontier",
     "HawqkitError",
     "InputError",
     "Landscape",
+    "LatencyTable",
     "Layer",
     "Objective",
     "Provenance",
     "Sensitivities",
     "Spectrum",
     "SpectrumSettings",
+    "TuneSettings",
+    "Tuned",
+    "Tuning",
     "Validation",
     "__version__",
+    "activation_traces",
     "allocate",
+    "calibrate_activations",
     "class_decomposition",
+    "count_operations",
     "cross_entropy",
     "deep_linear_ranks",
     "density",
@@ -135,6 +179,7 @@ __all__ = [
     "empirical_fisher",
     "export",
     "fisher",
+    "fold_batch_norms",
     "gauss_newton",
     "gradient_share",
     "gradient_shares",
@@ -145,10 +190,14 @@ __all__ = [
     "layer_top_eigenpairs",
     "layer_traces",
     "load_batches",
+    "load_examples",
     "load_model",
+    "load_tuned",
     "loss_landscape",
     "make_examples",
     "measure_deep_linear_ranks",
+    "measure_graph",
+    "measure_latency",
     "measure_spectrum",
     "outliers",
     "probe",
@@ -156,8 +205,12 @@ __all__ = [
     "squared_error",
     "top_eigenpairs",
     "trace",
+    "tune",
     "validate",
+    "with_folded_batch_norms",
+    "with_operations",
     "wrap_model",
+    "write_latencies",
     "write_report",
 ]
 

@@ -1,13 +1,14 @@
 """The only place that knows Accelerate: how many processes there are, and how their results meet.
 
-The model is not wrapped in DistributedDataParallel: no weight needs a gradient, so there is nothing
-to reduce. Each process measures its own micro-batches, and only scalars are gathered.
+The model is not wrapped in DistributedDataParallel. Measuring needs no gradient of a weight: each
+process takes its own micro-batches, and only scalars are gathered. Tuning sums gradients itself,
+for reasons that `tuning.training` gives.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -89,6 +90,27 @@ def reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     total = torch.clone(tensor.detach(), memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total)
     return total
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Replace every parameter's gradient by the sum over processes, in place.
+
+    A parameter that has no gradient in one process counts as zero there; one that has none anywhere
+    keeps none, so that an optimizer passes over it. All must call it, with the same parameters.
+    """
+    if not launched() or not parameters:
+        return
+    there = torch.tensor([float(p.grad is not None) for p in parameters])
+    everywhere = reduce_sum(there.to(parameters[0].device)).tolist()
+    used = [p for p, count in zip(parameters, everywhere, strict=True) if count]
+    for kind in dict.fromkeys(p.dtype for p in used):
+        some = [p for p in used if p.dtype == kind]
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in some]
+        total = reduce_sum(torch.cat(flat))
+        for parameter, part in zip(
+            some, torch.split(total, [p.numel() for p in some]), strict=True
+        ):
+            parameter.grad = part.view_as(parameter)
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,13 +18,21 @@ class InputError(HawqkitError):
     exit_code = 2
 
 
-class RecipeError(InputError):
-    """A recipe has problems; `problems` holds one complete message for each of them."""
+class FileError(InputError):
+    """A file has problems; `problems` holds one complete message for each of them."""
 
     def __init__(self, source: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
         super().__init__("\n".join([f"{source}: {count}", *(f"  - {p}" for p in self.problems)]))
+
+
+class RecipeError(FileError):
+    """A recipe has problems, or options that stand for a part of one."""
+
+
+class TableError(FileError):
+    """A CSV table has problems."""
 
 
 class Unsupported(InputError):

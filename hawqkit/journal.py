@@ -86,6 +86,14 @@ class Journal:
         metadata = {"fingerprint": self.fingerprint, "batch": str(batch)}
         write_arrays(self._path(batch), arrays, metadata)
 
+    def numbers(self) -> list[int]:
+        """Return which results there are, in rising order."""
+        return sorted(int(p.stem[6:]) for p in self.folder.glob("batch-*.safetensors"))
+
+    def drop(self, batch: int) -> None:
+        """Remove the results of a micro-batch."""
+        self._path(batch).unlink(missing_ok=True)
+
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:05d}.safetensors"
 

@@ -157,6 +157,7 @@ def read_arrays(path: str | Path) -> tuple[Arrays, dict[str, str]]:
 def write_samples(path: str | Path, samples: Samples, fingerprint_: str) -> Path:
     """Write the probe's per-sequence samples beside `sensitivities.json`."""
     fields = {f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)}
+    fields = {name: array for name, array in fields.items() if array is not None}
     return write_arrays(path, fields, {"fingerprint": fingerprint_})
 
 
@@ -172,7 +173,8 @@ def read_samples(path: str | Path, fingerprint_: str) -> Samples:
     if metadata.get("fingerprint") != fingerprint_:
         raise StateMismatch(f"{path}: these samples are of another run than sensitivities.json.")
     names = {f.name for f in dataclasses.fields(Samples)}
-    if set(arrays) != names:
+    of_inputs = {name for name in names if name.startswith("input_")}
+    if set(arrays) not in (names, names - of_inputs):
         raise StateMismatch(f"{path}: has arrays {sorted(arrays)}, expected {sorted(names)}.")
     return Samples(**arrays)
 

@@ -5,6 +5,8 @@ Every parameter is filled from an explicit generator, so a seed gives the same m
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,30 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    EfficientNetConfig,
+    EfficientNetForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 from hawqkit.models.batches import Sequences, make_sequences
@@ -50,7 +65,8 @@ def fill(module: nn.Module, seed: int = 0, scale: float = 1.0) -> None:
                 centre = 1.0 if "norm" in name or "ln_" in name else 0.0
                 noise = centre + (0.1 if name.endswith("weight") else 0.02) * noise
             else:
-                noise = scale * noise / parameter.shape[-1] ** 0.5
+                inputs = parameter.shape[1:] if parameter.ndim > 3 else parameter.shape[-1:]
+                noise = scale * noise / math.prod(inputs) ** 0.5
             parameter.copy_(noise.to(parameter.dtype))
 
 
@@ -148,6 +164,142 @@ def bert() -> BertForMaskedLM:
         num_attention_heads=2,
     )
     return _finish(BertForMaskedLM(config), 0, torch.float32)
+
+
+IMAGE_MODELS = ("resnet", "mobilenet", "vit", "convnext", "efficientnet")
+
+
+def image_classifier(
+    kind: str = "resnet",
+    *,
+    classes: int = 5,
+    channels: int = 3,
+    size: int = 32,
+    seed: int = 0,
+    names: Sequence[str] = (),
+) -> PreTrainedModel:
+    """Return an image classifier of a few thousand weights, its batch norms as after training."""
+    shared: dict[str, Any] = {"num_channels": channels, "num_labels": len(names) or classes}
+    if names:
+        shared["id2label"] = dict(enumerate(names))
+        shared["label2id"] = {name: index for index, name in enumerate(names)}
+    model: PreTrainedModel
+    if kind == "resnet":
+        config = ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", **shared
+        )
+        model = ResNetForImageClassification(config)
+    elif kind == "mobilenet":
+        model = MobileNetV2ForImageClassification(
+            MobileNetV2Config(
+                image_size=size,
+                depth_multiplier=0.1,
+                depth_divisible_by=4,
+                min_depth=4,
+                finegrained_output=False,
+                **shared,
+            )
+        )
+    elif kind == "vit":
+        model = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=size,
+                patch_size=8,
+                **shared,
+            )
+        )
+    elif kind == "convnext":
+        model = ConvNextForImageClassification(
+            ConvNextConfig(
+                hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=size, **shared
+            )
+        )
+    else:
+        model = EfficientNetForImageClassification(
+            EfficientNetConfig(
+                width_coefficient=0.1,
+                depth_coefficient=0.1,
+                depth_divisor=4,
+                hidden_dim=128,
+                image_size=size,
+                kernel_sizes=[3, 5],
+                in_channels=[8, 8],
+                out_channels=[8, 12],
+                strides=[1, 2],
+                num_block_repeats=[1, 1],
+                expand_ratios=[1, 4],
+                **shared,
+            )
+        )
+    return run_norms(_finish(model, seed, torch.float32), seed)
+
+
+def run_norms(module: nn.Module, seed: int = 0) -> Any:
+    """Give every batch norm weights and statistics as training would leave them."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            assert norm.num_batches_tracked is not None
+            norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
+            norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
+            norm.num_batches_tracked.fill_(100)
+            if norm.affine:
+                with torch.no_grad():
+                    norm.weight.copy_(
+                        0.8 + 0.4 * torch.rand(norm.num_features, generator=generator)
+                    )
+                    norm.bias.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
+    return module
+
+
+def image_processor(size: int = 32, channels: int = 3) -> Any:
+    """Return a processor that resizes to a square and puts pixels between -1 and 1."""
+    return ViTImageProcessorPil(
+        size={"height": size, "width": size},
+        image_mean=[0.5] * channels,
+        image_std=[0.5] * channels,
+    )
+
+
+def text_classifier(
+    *, classes: int = 3, seed: int = 0, names: Sequence[str] = (), attention: str = "eager"
+) -> BertForSequenceClassification:
+    """Return a one-layer BERT with a head for classes."""
+    shared: dict[str, Any] = {"num_labels": len(names) or classes}
+    if names:
+        shared["id2label"] = dict(enumerate(names))
+        shared["label2id"] = {name: index for index, name in enumerate(names)}
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        attn_implementation=attention,
+        **shared,
+    )
+    return _finish(BertForSequenceClassification(config), seed, torch.float32)
+
+
+def save_image_classifier(
+    folder: Path, model: PreTrainedModel | None = None, *, size: int = 32, channels: int = 3
+) -> Path:
+    """Save an image classifier and its processor as a checkpoint folder."""
+    (model if model is not None else image_classifier()).save_pretrained(folder)
+    image_processor(size, channels).save_pretrained(folder)
+    return folder
+
+
+def save_text_classifier(folder: Path, model: PreTrainedModel | None = None) -> Path:
+    """Save a text classifier and its tokenizer as a checkpoint folder."""
+    return save(folder, model if model is not None else text_classifier())
 
 
 def tokenizer(*, bos: bool = False, chat_template: str | None = CHAT_TEMPLATE) -> Any:

@@ -139,13 +139,13 @@ def test_ends_equals_plain_enumeration_of_its_rule(budget: float) -> None:
 
 
 def test_ends_is_left_out_with_a_reason() -> None:
-    plain = tuple(Layer(f"l{i}", "linear", 8, 64, "float32") for i in range(4))
+    plain = tuple(Layer(f"l{i}", "linear", 8, 64, "float32") for i in range(2))
     scores = falling_scores(plain, SIX, np.random.default_rng(0))
     no_blocks = build_problem(plain, SIX, scores, budgets={"average_bits": 4})
     no_eight = build_problem(LAYERS, SIX[:5], SCORES[:, :5], budgets={"average_bits": 4})
     tight = build_problem(LAYERS, SIX, SCORES, budgets={"average_bits": 2.1})
     for problem, reason in (
-        (no_blocks, "belong to 0 transformer blocks"),
+        (no_blocks, "has 2 layers"),
         (no_eight, "none of 8 bits"),
         (tight, "over the budget"),
     ):
@@ -172,3 +172,20 @@ def test_unknown_names_missing_tables_and_bad_values_are_refused() -> None:
         make_baselines(problem, ["uniform", "hawq-v2"])
     with pytest.raises(NumericalError, match=r"model\.embed_tokens"):
         make_baselines(problem, ["weight-error"], weight_error=np.full(ERRORS.shape, np.nan))
+
+
+def test_ends_of_a_network_without_a_chain_of_blocks_are_its_first_and_last_layers() -> None:
+    """Stages count their blocks anew, so block 0 is both at the start and in the middle."""
+    names = ["stem", "stages.0.layers.0", "stages.0.layers.1", "stages.1.layers.0", "head"]
+    blocks = [None, 0, 1, 0, None]
+    layers = tuple(
+        Layer(n, "convolution", 8, 64, "float32", b) for n, b in zip(names, blocks, strict=True)
+    )
+    scores = falling_scores(layers, SIX, np.random.default_rng(0))
+    problem = build_problem(layers, SIX, scores, budgets={"average_bits": 5})
+    (mix,), warnings = make_baselines(problem, ["ends"])
+    assert warnings == ()
+    bits = [mix.layers[n].partition("-")[0] for n in names]
+    assert bits[0] == bits[-1] == "int8"
+    assert set(bits[1:-1]) == {"int3"}
+    assert mix.about.startswith("First and last layer in int8")

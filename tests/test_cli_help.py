@@ -24,6 +24,7 @@ VERBS = [
     "probe",
     "spectrum",
     "allocate",
+    "latency",
     "validate",
     "export",
     "report",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hawqkit.allocation.baselines import BASELINES
-from hawqkit.formats import format_names
+from hawqkit.formats import format_names, pair_names
 from hawqkit.recipe import load_recipe, recipe_schema, schema_text, shipped_recipes
 from hawqkit.recipe.schema import ValidateSection
 from hawqkit.recipe.shipped import find_recipe
@@ -18,7 +19,9 @@ from hawqkit.sensitivity.scores import score_names
 from hawqkit.targets import TARGETS, find_target
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-NAMES = ("llama", "minimal", "quickstart", "quickstart-small")
+NAMES = (
+    "hawq-v1", "hawq-v2", "hawq-v3", "llama", "minimal", "q-bert", "quickstart", "quickstart-small",
+)  # fmt: skip
 
 
 def test_the_schema_for_editors_is_that_of_the_code() -> None:
@@ -33,7 +36,9 @@ def test_the_schema_lists_every_name_and_refuses_unknown_keys() -> None:
     assert schema["additionalProperties"] is False
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
     assert "validate" in properties
-    assert properties["formats"]["items"]["enum"] == list(format_names())
+    listed, pattern = properties["formats"]["items"]["anyOf"]
+    assert listed["enum"] == [*format_names(), *pair_names()]
+    assert re.fullmatch(pattern["pattern"], "int4-g64-asym-a8")
     assert properties["export"]["items"]["enum"] == list(TARGETS)
     assert properties["runtime"]["enum"] == list(RUNTIMES)
     score = schema["$defs"]["SensitivitySection"]["properties"]["score"]

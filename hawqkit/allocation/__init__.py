@@ -13,16 +13,19 @@ if TYPE_CHECKING:
     from hawqkit.allocation.baselines import BASELINES, make_baselines
     from hawqkit.allocation.brute import solve_by_enumeration
     from hawqkit.allocation.exact import Solution, solve
-    from hawqkit.allocation.frontier import sweep_frontier
-    from hawqkit.allocation.problem import (
+    from hawqkit.allocation.frontier import sweep_frontier, sweep_resource
+    from hawqkit.allocation.latency import LatencyFile, read_latencies, shape_key
+    from hawqkit.allocation.problem import Problem, build_problem, with_scores
+    from hawqkit.allocation.resources import (
         BUDGETS,
-        Problem,
+        CostTable,
         Resource,
         SizeTable,
-        build_problem,
-        totals,
-        with_scores,
+        bops_table,
+        exact_costs,
     )
+    from hawqkit.allocation.score_tables import ScoreTable, read_scores, table_problem
+    from hawqkit.allocation.sizes import mix_totals, totals
     from hawqkit.allocation.smallest import Smallest, solve_smallest, stored_resource
     from hawqkit.allocation.stability import keep_shares
 
@@ -30,21 +33,32 @@ __all__ = [
     "BASELINES",
     "BUDGETS",
     "Allocated",
+    "CostTable",
+    "LatencyFile",
     "Problem",
     "Resource",
+    "ScoreTable",
     "SizeTable",
     "Smallest",
     "Solution",
     "allocate_table",
+    "bops_table",
     "build_problem",
+    "exact_costs",
     "keep_shares",
     "make_baselines",
     "make_problem",
+    "mix_totals",
+    "read_latencies",
+    "read_scores",
+    "shape_key",
     "solve",
     "solve_by_enumeration",
     "solve_smallest",
     "stored_resource",
     "sweep_frontier",
+    "sweep_resource",
+    "table_problem",
     "totals",
     "with_scores",
 ]
@@ -54,16 +68,19 @@ _MODULES = {
     "baselines": ("BASELINES", "make_baselines"),
     "brute": ("solve_by_enumeration",),
     "exact": ("Solution", "solve"),
-    "frontier": ("sweep_frontier",),
-    "problem": (
+    "frontier": ("sweep_frontier", "sweep_resource"),
+    "latency": ("LatencyFile", "read_latencies", "shape_key"),
+    "problem": ("Problem", "build_problem", "with_scores"),
+    "resources": (
         "BUDGETS",
-        "Problem",
+        "CostTable",
         "Resource",
         "SizeTable",
-        "build_problem",
-        "totals",
-        "with_scores",
+        "bops_table",
+        "exact_costs",
     ),
+    "score_tables": ("ScoreTable", "read_scores", "table_problem"),
+    "sizes": ("mix_totals", "totals"),
     "smallest": ("Smallest", "solve_smallest", "stored_resource"),
     "stability": ("keep_shares",),
 }

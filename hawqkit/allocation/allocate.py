@@ -6,14 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hawqkit.allocation.exact import Solution, solve
-from hawqkit.allocation.problem import (
-    BUDGETS,
-    Booleans,
-    Problem,
-    SizeTable,
-    build_problem,
-    totals,
-)
+from hawqkit.allocation.problem import Booleans, Problem, build_problem
+from hawqkit.allocation.resources import BUDGETS, CostTable, SizeTable
+from hawqkit.allocation.sizes import mix_totals
 from hawqkit.errors import BudgetError, InputError, did_you_mean
 from hawqkit.records import Floats, Layer, Totals
 
@@ -38,6 +33,8 @@ def allocate_table(
     size_tables: Sequence[SizeTable] = (),
     size_target: str | None = None,
     available: Booleans | None = None,
+    groups: Mapping[str, str] | None = None,
+    costs: Sequence[CostTable] = (),
     gap: float = 0.0,
 ) -> Allocated:
     """Choose the format of every layer so that the summed score is smallest within all budgets.
@@ -54,18 +51,23 @@ def allocate_table(
         layers: L layers.
         formats: F format names.
         scores: (L, F) predicted loss in nats; NaN where a format does not fit the layer.
-        budgets: `average_bits`, `bits_per_weight`, `size` (bytes) -> limit; all hold together.
+        budgets: `average_bits`, `bits_per_weight`, `size` (bytes), `bops`, `latency_ms`, or the
+            name of a table of `costs` -> limit; all hold together.
         runtime: profile that says which layers share a format.
         size_tables: targets whose bytes are counted in the totals.
         size_target: the target that `size` limits; None limits the files of each one.
         available: (L, F) False where a layer must not take a format that fits it.
+        groups: layer name -> key; layers with the same key share a format, whatever the runtime.
+        costs: tables of what every layer takes in every format; `latency_ms` needs the one of that
+            name, `bops` is counted from the layers without one.
         gap: relative gap at which the solver may stop; 0 asks for the optimum.
 
     Raises:
         BudgetError: no budget came, or none can meet it; says what can be had.
         InputError: a name, a shape or a target is wrong.
         NumericalError: a score that is needed is negative, NaN or infinite.
-        Unsupported: a layer or a group has no format that it can take.
+        Unsupported: a layer or a group has no format that it can take, or `bops` came and the
+            multiply-accumulates of a layer were not counted.
     """
     if not budgets:
         raise BudgetError(f"no budget came: give at least one of {', '.join(BUDGETS)}.")
@@ -78,10 +80,12 @@ def allocate_table(
         size_tables=size_tables,
         size_target=size_target,
         available=available,
+        groups=groups,
+        costs=costs,
     )
     solution = solve(problem, gap=gap)
-    mix = problem.mix(solution.choice)
-    return Allocated(mix, solution, totals(problem.layers, mix, size_tables), problem)
+    taken = mix_totals(problem, solution.choice, size_tables)
+    return Allocated(problem.mix(solution.choice), solution, taken, problem)
 
 
 def make_problem(
@@ -94,6 +98,8 @@ def make_problem(
     size_tables: Sequence[SizeTable] = (),
     size_target: str | None = None,
     available: Booleans | None = None,
+    groups: Mapping[str, str] | None = None,
+    costs: Sequence[CostTable] = (),
 ) -> Problem:
     """Return the problem that `allocate_table` solves; without budgets it limits nothing."""
     return build_problem(
@@ -104,6 +110,8 @@ def make_problem(
         budgets=budgets,
         sizes=_limited_tables(size_tables, size_target),
         available=available,
+        groups=groups,
+        costs=costs,
     )
 
 

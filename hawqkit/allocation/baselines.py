@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hawqkit.allocation.exact import solve
-from hawqkit.allocation.problem import Problem, SizeTable, cost_table, totals, with_scores
+from hawqkit.allocation.problem import Problem, with_scores
+from hawqkit.allocation.resources import SizeTable, cost_table
+from hawqkit.allocation.sizes import mix_totals
 from hawqkit.errors import BudgetError, InputError, did_you_mean
 from hawqkit.formats import parse_format
 from hawqkit.records import Floats, Integers, Mix
@@ -36,7 +38,8 @@ def make_baselines(
       that cannot take a format get the nearest that they can, and `about` names them.
     - `ends`: 8 bit in the first and last k blocks and in layers outside of the blocks, one format
       elsewhere; k and format are those of smallest summed score within the budgets, so that it is
-      the best that this rule can do.
+      the best that this rule can do. Of a network without a chain of blocks it is the first and
+      last k layers, as is usual for convolutional ones.
     - `weight-error`: the exact solution for |dW|^2 as score.
     - `hawq-v2`: the exact solution for 1/2 tr(G)/n |dW|^2 (Dong et al. 2020).
 
@@ -71,9 +74,8 @@ def make_baselines(
         except BudgetError as error:
             warnings.append(f"baseline {name} is left out: {error}")
             continue
-        layers = problem.mix(choice)
-        sizes = totals(problem.layers, layers, size_tables)
-        mixes.append(Mix(name, about, layers, sizes, problem.objective(choice)))
+        sizes = mix_totals(problem, choice, size_tables)
+        mixes.append(Mix(name, about, problem.mix(choice), sizes, problem.objective(choice)))
     return tuple(mixes), tuple(warnings)
 
 
@@ -99,22 +101,19 @@ def _uniform(problem: Problem) -> Found:
 
 
 def _ends(problem: Problem) -> Found:
-    blocks = sorted({layer.block for layer in problem.layers if layer.block is not None})
+    where, what = _depths(problem)
+    count = max((d for d in where if d is not None), default=-1) + 1
     eights = [c for c, n in enumerate(problem.formats) if parse_format(n).bits == END_BITS]
-    if len(blocks) < 3:
-        raise BudgetError(
-            f"the layers belong to {len(blocks)} transformer blocks; ends and a middle need three."
-        )
+    if count < 3:
+        raise BudgetError(f"the network has {count} {what}s; ends and a middle need three.")
     if not eights:
         raise BudgetError(f"the formats {', '.join(problem.formats)} have none of 8 bits.")
     spreads = [_spread(problem, c) for c in range(len(problem.formats))]
     inner = [c for c in range(len(problem.formats)) if _width(problem, c) < END_BITS]
     best: tuple[float, Integers, int, int, int] | None = None
-    for k in range(1, (len(blocks) - 1) // 2 + 1):
-        ends = {None, *blocks[:k], *blocks[-k:]}
-        at_end = np.array(
-            [any(problem.layers[i].block in ends for i in members) for members in problem.groups]
-        )
+    for k in range(1, (count - 1) // 2 + 1):
+        outside = {None, *range(k), *range(count - k, count)}
+        at_end = np.array([any(where[i] in outside for i in group) for group in problem.groups])
         for eight in eights:
             for column in inner:
                 choice = np.where(at_end, spreads[eight], spreads[column])
@@ -122,14 +121,29 @@ def _ends(problem: Problem) -> Found:
                 if (best is None or score < best[0]) and problem.fits(choice):
                     best = (score, choice, k, eight, column)
     if best is None:
-        raise BudgetError("8 bit in the first and last block is over the budget at every width.")
+        raise BudgetError(f"8 bit in the first and last {what} is over the budget at every width.")
     _, choice, k, eight, column = best
-    count = "block" if k == 1 else f"{k} blocks"
+    ends = what if k == 1 else f"{k} {what}s"
+    others = " and the layers outside of the blocks" if what == "block" else ""
     about = (
-        f"First and last {count} and the layers outside of the blocks in "
-        f"{problem.formats[eight]}, all others in {problem.formats[column]}."
+        f"First and last {ends}{others} in {problem.formats[eight]}, all others in "
+        f"{problem.formats[column]}."
     )
     return choice, about + _exceptions(problem, choice, eight, column)
+
+
+def _depths(problem: Problem) -> tuple[list[int | None], str]:
+    """Return how deep every layer lies, None outside of the chain, and what is counted.
+
+    The chain is that of transformer blocks, where every block's layers stand together. Where block
+    numbers come again, as in the stages of a convolutional network, it is that of the layers.
+    """
+    blocks = [layer.block for layer in problem.layers]
+    runs = [b for i, b in enumerate(blocks) if b is not None and (i == 0 or blocks[i - 1] != b)]
+    if len(set(runs)) == len(runs) >= 3:
+        depth = {b: d for d, b in enumerate(sorted(runs))}
+        return [None if b is None else depth[b] for b in blocks], "block"
+    return list(range(len(blocks))), "layer"
 
 
 def _width(problem: Problem, column: int) -> int:

@@ -154,7 +154,7 @@ def _certified(
     objective = problem.objective(choice)
     bound = min(bound, objective)
     steps = [
-        f"{r.name} lowered by {by} {r.unit}"
+        f"{r.name} lowered by {r.step(by)}"
         for r, by in zip(problem.resources, lowered, strict=True)
         if by > 0
     ]

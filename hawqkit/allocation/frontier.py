@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hawqkit.allocation.problem import Booleans, Problem, cost_table, group_costs
+from hawqkit.allocation.problem import Booleans, Problem, group_costs
+from hawqkit.allocation.resources import BITS, Resource, cost_table
 from hawqkit.errors import InputError
-from hawqkit.records import Floats, Frontier, FrontierPoint, Integers
+from hawqkit.records import Floats, Frontier, FrontierPoint, Integers, Trade, TradePoint
 
-AXES = ("average_bits", "bits_per_weight")
+AXES = BITS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +74,8 @@ def sweep_frontier(
     costs = tables[AXES.index(axis)]
     scores = np.where(problem.allowed, problem.scores, np.inf)
     start, steps = _hull_steps(scores, costs, problem.allowed)
-    sizes, other_sizes, objectives, slopes = _walk(start, steps, scores, tables, AXES.index(axis))
+    walked, objectives, slopes = _walk(start, steps, scores, tables)
+    sizes = walked[AXES.index(axis)]
     swept = _Axis(scores, costs, sizes, slopes)
     entries = sum(layer.numel for layer in problem.layers)
 
@@ -86,7 +88,6 @@ def sweep_frontier(
         bits, stored = (int(table[rows, mix].sum()) for table in tables)
         return point(bits, stored, problem.objective(mix))
 
-    pairs = (sizes, other_sizes) if axis == AXES[0] else (other_sizes, sizes)
     kept = _thin(sizes, most_points)
     uniform = {
         name: mix_point(np.full(len(problem.groups), column, dtype=np.int64))
@@ -94,10 +95,55 @@ def sweep_frontier(
         if problem.allowed[:, column].all()
     }
     return Frontier(
-        points=tuple(point(int(pairs[0][k]), int(pairs[1][k]), float(objectives[k])) for k in kept),
+        points=tuple(
+            point(int(walked[0][k]), int(walked[1][k]), float(objectives[k])) for k in kept
+        ),
         uniform=uniform,
         chosen=mix_point(np.asarray(choice, dtype=np.int64)),
     )
+
+
+def sweep_resource(
+    problem: Problem, resource: Resource, choice: Integers, *, most_points: int = 200
+) -> Trade:
+    """Return the trade between one budget and the score, whatever it counts, with a proven bound.
+
+    At each point no mix that takes at most as much has a summed score below `bound`. The sweep
+    knows this budget alone; the problem's budgets do not cut it.
+
+    Args:
+        problem: the table; its groups are kept.
+        resource: what is traded, with its costs and its scale.
+        choice: (G,) the chosen mix, which need not lie on the hull.
+        most_points: points are thinned to this many, evenly along the axis; the ends stay.
+
+    Raises:
+        InputError: fewer than two points are asked for.
+    """
+    if most_points < 2:
+        raise InputError(f"most_points = {most_points}: a frontier has at least its two ends.")
+    costs = resource.costs
+    scores = np.where(problem.allowed, problem.scores, np.inf)
+    start, steps = _hull_steps(scores, costs, problem.allowed)
+    (sizes,), objectives, slopes = _walk(start, steps, scores, [costs])
+    swept = _Axis(scores, costs, sizes, slopes)
+
+    def point(size: int, objective: float) -> TradePoint:
+        taken = (resource.fixed + size) / resource.scale
+        return TradePoint(taken, objective, min(swept.bound(size), objective))
+
+    def mix_point(mix: Integers) -> TradePoint:
+        return point(int(costs[np.arange(mix.size), mix].sum()), problem.objective(mix))
+
+    kept = _thin(sizes, most_points)
+    uniform = {
+        name: mix_point(np.full(len(problem.groups), column, dtype=np.int64))
+        for column, name in enumerate(problem.formats)
+        if problem.allowed[:, column].all()
+    }
+    points = tuple(point(int(sizes[k]), float(objectives[k])) for k in kept)
+    chosen = mix_point(np.asarray(choice, dtype=np.int64))
+    return Trade(resource.name, points, uniform, chosen)
 
 
 def _hull_steps(
@@ -135,9 +181,8 @@ def _walk(
     steps: list[tuple[float, int, int, int]],
     scores: Floats,
     tables: list[Integers],
-    axis: int,
-) -> tuple[Integers, Integers, Floats, Floats]:
-    """Return sizes along the axis, sizes along the other, scores (K,) each, and slopes (K - 1,)."""
+) -> tuple[list[Integers], Floats, Floats]:
+    """Return sizes (K,) in each table, scores (K,), and slopes (K - 1,)."""
     rows = np.arange(start.size)
     group = np.array([s[1] for s in steps], dtype=np.int64)
     before = np.array([s[2] for s in steps], dtype=np.int64)
@@ -145,7 +190,7 @@ def _walk(
     walked = [
         np.concatenate([[0], np.cumsum(t[group, after] - t[group, before])])
         + int(t[rows, start].sum())
-        for t in (tables[axis], tables[1 - axis])
+        for t in tables
     ]
     # Summed from the fine end, where what is left is small: no cancellation in the tail.
     saved = scores[group, before] - scores[group, after]
@@ -153,7 +198,7 @@ def _walk(
     end[group] = after  # later steps of a group overwrite earlier ones
     finest = float(scores[rows, end].sum())
     objectives = finest + np.concatenate([np.cumsum(saved[::-1])[::-1], [0.0]])
-    return walked[0], walked[1], objectives, np.array([s[0] for s in steps], dtype=np.float64)
+    return walked, objectives, np.array([s[0] for s in steps], dtype=np.float64)
 
 
 def _thin(sizes: Integers, most: int) -> list[int]:

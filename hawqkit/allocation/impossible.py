@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hawqkit.allocation.problem import Problem, Resource, largest_choice, smallest_choice
+from hawqkit.allocation.problem import Problem, largest_choice, smallest_choice
 from hawqkit.allocation.program import run_program
 from hawqkit.allocation.relaxation import reduce_problem
+from hawqkit.allocation.resources import Resource
 from hawqkit.errors import BudgetError
 
 _WHAT_TO_DO = "Raise the budget or add narrower formats."
@@ -119,9 +120,7 @@ def _rounded_up(loss: float) -> str:
 
 
 def _asked(resource: Resource) -> str:
-    if resource.unit == "bytes":
-        return f"{resource.name} = {resource.limit:,} bytes"
-    return f"{resource.name} = {resource.asked:g}"
+    return f"{resource.name} = {resource.limit_figure()}"
 
 
 def _least(problem: Problem, wanted: Resource, within: Resource) -> int:

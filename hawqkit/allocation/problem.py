@@ -6,75 +6,30 @@ Letters in shapes: L layers, F formats, G groups of layers that share a format, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hawqkit.allocation.grouping import merge_layers
+from hawqkit.allocation.resources import (
+    BITS,
+    BOPS,
+    BUDGETS,
+    CostTable,
+    Resource,
+    SizeTable,
+    bops_table,
+    cost_table,
+    read_limit,
+    whole_limit,
+)
 from hawqkit.errors import BudgetError, InputError, NumericalError, Unsupported, did_you_mean
 from hawqkit.formats import fitting_formats, parse_format
-from hawqkit.records import Floats, Integers, Layer, Totals
-from hawqkit.runtimes import group_key, merge_groups
+from hawqkit.records import Floats, Integers, Layer
 
 Booleans = NDArray[np.bool_]
-ExactSize = Callable[[Mapping[str, str]], int]
-
-BUDGETS = ("average_bits", "bits_per_weight", "size")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class SizeTable:
-    """Bytes of the files that one target writes, as a sum over layers.
-
-    Attributes:
-        target: name of the target.
-        costs: (L, F) bytes that layer l takes in format f; cells that do not exist are not read.
-        fixed: bytes that no choice changes.
-        exact: bytes of all files for one whole mix (layer name -> format name); headers make it
-            differ a little from `fixed` plus the sum of `costs`.
-    """
-
-    target: str
-    costs: Integers
-    fixed: int
-    exact: ExactSize
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Resource:
-    """One budget in integers: fixed + sum over groups of costs[g, choice[g]] must be <= limit.
-
-    Attributes:
-        name: `average_bits`, `bits_per_weight` or `size`.
-        costs: (G, F), 0 where the format is not allowed.
-        fixed: what no choice changes.
-        limit: the largest integer within what was asked.
-        unit: `bits` or `bytes`.
-        scale: what to divide an integer by to get the user's figure (entries of all layers, or 1).
-        asked: the limit as it came.
-        exact: true bytes of a whole mix, for `size`.
-    """
-
-    name: str
-    costs: Integers
-    fixed: int
-    limit: int
-    unit: str
-    scale: int = 1
-    asked: float = math.inf
-    exact: ExactSize | None = None
-
-    def used(self, choice: Integers) -> int:
-        """Return what a choice (G,) takes by the additive table, in integers."""
-        return self.fixed + int(self.costs[np.arange(choice.size), choice].sum())
-
-    def figure(self, amount: int) -> str:
-        """Write an integer amount in the user's unit, rounded up so that it can be asked for."""
-        if self.unit == "bytes":
-            return f"{amount:,} bytes"
-        return f"{math.ceil(Fraction(amount, self.scale) * 10_000) / 10_000:g}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,54 +92,103 @@ def build_problem(
     budgets: Mapping[str, float],
     sizes: Sequence[SizeTable] = (),
     available: Booleans | None = None,
+    groups: Mapping[str, str] | None = None,
+    costs: Sequence[CostTable] = (),
 ) -> Problem:
     """Merge the layers into groups and turn every budget into integers.
 
     A limit x of average bits becomes floor(x * entries) bits, in exact rational arithmetic. `size`
     holds for each table of `sizes`, whose fixed part is set so that the table is exact at the mix
-    of smallest formats.
+    of smallest formats. `bops` is counted from the layers unless a table of that name comes;
+    `latency_ms`, or any other name, limits the table of that name.
 
     Args:
         layers: L layers; their stored dtype says what `none` takes.
         formats: F format names.
         scores: (L, F) predicted loss in nats; NaN where a format does not fit the layer.
         runtime: profile that says which layers share a format.
-        budgets: `average_bits`, `bits_per_weight`, `size` -> limit; an empty one limits nothing.
+        budgets: name -> limit, `average_bits`, `bits_per_weight`, `size`, `bops`, `latency_ms` or
+            that of a table; an empty one limits nothing.
         sizes: tables of the targets that `size` is counted for.
         available: (L, F) False where a layer must not take a format that fits it.
+        groups: layer name -> key; layers with the same key share a format, whatever the runtime.
+        costs: tables of other budgets.
 
     Raises:
         InputError: a name is unknown or comes twice, a shape is wrong, or nothing is there.
-        BudgetError: a limit is not a positive number, or `size` came without a target.
+        BudgetError: a limit is not a positive number, or `size` or `latency_ms` came without what
+            it limits.
         NumericalError: a score that is needed is negative, NaN or infinite.
-        Unsupported: a layer or a group has no format that it can take.
+        Unsupported: a layer or a group has no format that it can take, or `bops` came and the
+            multiply-accumulates of a layer were not counted.
     """
     layers, formats = tuple(layers), tuple(formats)
-    _check_names(layers, formats, budgets)
-    scores = np.asarray(scores, dtype=np.float64)
+    _check_names(layers, formats, budgets, costs)
     allowed = _allowed_cells(layers, formats, available)  # (L, F)
-    groups = merge_groups([layer.name for layer in layers], runtime)
-    names = [
-        layers[g[0]].name if len(g) == 1 else group_key(layers[g[0]].name, runtime) for g in groups
-    ]
-    merged = np.stack([allowed[g].all(axis=0) for g in groups])  # (G, F)
-    _check_groups(layers, formats, groups, allowed, merged)
-    problem = Problem(
+    _check_layers(layers, formats, allowed)
+    if BOPS in budgets and all(table.name != BOPS for table in costs):
+        costs = (*costs, bops_table(layers, formats))
+    problem = group_problem(layers, formats, scores, allowed, runtime=runtime, groups=groups)
+    others = [name for name in budgets if name not in BUDGETS]
+    resources = tuple(
+        resource
+        for name in (*BUDGETS, *others)
+        if name in budgets
+        for resource in _resources(problem, name, budgets[name], sizes, costs)
+    )
+    return replace(problem, resources=resources)
+
+
+def group_problem(
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    scores: Floats,
+    allowed: Booleans,
+    *,
+    runtime: str = "transformers",
+    groups: Mapping[str, str] | None = None,
+) -> Problem:
+    """Return the problem without budgets; a format here is a name, whatever it stands for.
+
+    Args:
+        layers: L layers.
+        formats: F names.
+        scores: (L, F) >= 0; cells that are not allowed are not read.
+        allowed: (L, F) whether a layer can take a format.
+        runtime: profile that says which layers share a format.
+        groups: layer name -> key; layers with the same key share a format.
+
+    Raises:
+        InputError: a shape is wrong, or a group is given for an unknown layer.
+        NumericalError: a score that is needed is negative, NaN or infinite.
+        Unsupported: a group has no format that each of its layers can take.
+    """
+    layers, formats = tuple(layers), tuple(formats)
+    indices, names = merge_layers([layer.name for layer in layers], runtime, groups)
+    merged = np.stack([allowed[members].all(axis=0) for members in indices])  # (G, F)
+    _check_groups(layers, formats, indices, merged)
+    table = np.asarray(scores, dtype=np.float64)
+    return Problem(
         layers=layers,
-        groups=tuple(map(tuple, groups)),
+        groups=tuple(map(tuple, indices)),
         group_names=tuple(names),
         formats=formats,
-        scores=_group_scores(layers, formats, groups, scores, merged),
+        scores=_group_scores(layers, formats, indices, table, merged),
         allowed=merged,
         resources=(),
     )
-    resources = tuple(
-        resource
-        for name in BUDGETS
-        if name in budgets
-        for resource in _resources(problem, name, budgets[name], sizes)
-    )
-    return replace(problem, resources=resources)
+
+
+def cost_resource(problem: Problem, table: CostTable, asked: float) -> Resource:
+    """Return the budget on what a table counts.
+
+    Raises:
+        InputError: the table has another shape.
+        BudgetError: the limit is not a positive number.
+    """
+    costs = group_costs(problem, _of_shape(problem, f"cost table of {table.name!r}", table.costs))
+    limit = whole_limit(read_limit(table.name, asked), table.scale)
+    return Resource(table.name, costs, table.fixed, limit, table.unit, table.scale, float(asked))
 
 
 def with_scores(problem: Problem, scores: Floats) -> Problem:
@@ -200,26 +204,6 @@ def with_scores(problem: Problem, scores: Floats) -> Problem:
     return replace(problem, scores=merged)
 
 
-def cost_table(layers: Sequence[Layer], formats: Sequence[str], name: str) -> Integers:
-    """Return the (L, F) bits that `average_bits` or `bits_per_weight` counts; 0 where none fits.
-
-    Raises:
-        InputError: `name` is neither of the two.
-    """
-    if name not in BUDGETS[:2]:
-        raise InputError(f"unknown bit count {name!r}: known are average_bits, bits_per_weight.")
-    table = np.zeros((len(layers), len(formats)), dtype=np.int64)
-    for column, form in enumerate(map(parse_format, formats)):
-        for row, layer in enumerate(layers):
-            if not form.fits(layer.columns):
-                continue
-            if name == "average_bits":
-                table[row, column] = layer.numel * form.code_bits(layer.dtype_bits)
-            else:
-                table[row, column] = form.total_bits(layer.rows, layer.columns, layer.dtype_bits)
-    return table
-
-
 def group_costs(problem: Problem, table: Integers) -> Integers:
     """Sum an (L, F) table over the members of each group: (G, F), 0 where not allowed."""
     table = np.asarray(table, dtype=np.int64)
@@ -227,29 +211,11 @@ def group_costs(problem: Problem, table: Integers) -> Integers:
     return np.where(problem.allowed, summed, 0)
 
 
-def totals(
-    layers: Sequence[Layer], mix: Mapping[str, str], size_tables: Sequence[SizeTable] = ()
-) -> Totals:
-    """Return the three sizes of a mix; `size` holds the true bytes for every table.
-
-    Raises:
-        InputError: a layer has no format in the mix.
-    """
-    absent = [layer.name for layer in layers if layer.name not in mix]
-    if absent:
-        raise InputError(f"the mix has no format for {absent[0]!r}: it must name every layer.")
-    codes = stored = 0
-    for layer in layers:
-        form = parse_format(mix[layer.name])
-        codes += layer.numel * form.code_bits(layer.dtype_bits)
-        stored += form.total_bits(layer.rows, layer.columns, layer.dtype_bits)
-    entries = sum(layer.numel for layer in layers)
-    sizes = {table.target: int(table.exact(mix)) for table in size_tables}
-    return Totals(codes / entries, stored / entries, sizes)
-
-
 def _check_names(
-    layers: Sequence[Layer], formats: Sequence[str], budgets: Mapping[str, float]
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    budgets: Mapping[str, float],
+    costs: Sequence[CostTable],
 ) -> None:
     if not layers:
         raise InputError("no layers came: there is nothing to allocate.")
@@ -259,11 +225,12 @@ def _check_names(
         twice = [n for n in names if names.count(n) > 1] if len(set(names)) < len(names) else []
         if twice:
             raise InputError(f"{what} {twice[0]!r} came twice: each may come once.")
+    known = list(dict.fromkeys([*BUDGETS, *(table.name for table in costs)]))
     for name in budgets:
-        if name not in BUDGETS:
+        if name not in known:
             raise InputError(
-                f"unknown budget {name!r}: known are {', '.join(BUDGETS)}."
-                + did_you_mean(name, BUDGETS)
+                f"unknown budget {name!r}: known are {', '.join(known)}."
+                + did_you_mean(name, known)
             )
 
 
@@ -279,13 +246,7 @@ def _allowed_cells(
     return np.logical_and(fits, available)
 
 
-def _check_groups(
-    layers: Sequence[Layer],
-    formats: Sequence[str],
-    groups: Sequence[Sequence[int]],
-    allowed: Booleans,
-    merged: Booleans,
-) -> None:
+def _check_layers(layers: Sequence[Layer], formats: Sequence[str], allowed: Booleans) -> None:
     for row in np.flatnonzero(~allowed.any(axis=1)):
         layer = layers[int(row)]
         raise Unsupported(
@@ -293,11 +254,20 @@ def _check_groups(
             f"{', '.join(formats)}: a group size must divide the columns. Formats that fit: "
             f"{', '.join(fitting_formats(layer.columns))}. Add one of them or exclude the layer."
         )
+
+
+def _check_groups(
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    merged: Booleans,
+) -> None:
     for index in np.flatnonzero(~merged.any(axis=1)):
         members = ", ".join(layers[i].name for i in groups[int(index)])
         raise Unsupported(
-            f"the layers {members} must share a format in this runtime, but there is none of "
-            f"{', '.join(formats)} that each of them can take. Add a format that fits them all."
+            f"the layers {members} must share a format, in this runtime or as they are grouped, "
+            f"but there is none of {', '.join(formats)} that each of them can take. Add a format "
+            "that fits them all."
         )
 
 
@@ -329,37 +299,49 @@ def _group_scores(
 
 
 def _resources(
-    problem: Problem, name: str, asked: float, sizes: Sequence[SizeTable]
+    problem: Problem,
+    name: str,
+    asked: float,
+    sizes: Sequence[SizeTable],
+    costs: Sequence[CostTable],
 ) -> list[Resource]:
-    limit = _rational(name, asked)
+    limit = read_limit(name, asked)
     if name == "size":
         if not sizes:
             raise BudgetError(
                 f"budget size = {asked} came without a target: bytes are those of the files that a "
                 "target writes. Name one in `export`, or ask for bits_per_weight."
             )
-        return [size_resource(problem, table, math.floor(limit), asked) for table in sizes]
-    entries = sum(layer.numel for layer in problem.layers)
-    costs = group_costs(problem, cost_table(problem.layers, problem.formats, name))
-    return [
-        Resource(name, costs, 0, math.floor(limit * entries), "bits", entries, float(asked), None)
-    ]
+        return [size_resource(problem, table, whole_limit(limit, 1), asked) for table in sizes]
+    if name in BITS:
+        entries = sum(layer.numel for layer in problem.layers)
+        bits = group_costs(problem, cost_table(problem.layers, problem.formats, name))
+        amount = whole_limit(limit, entries)
+        return [Resource(name, bits, 0, amount, "bits", entries, float(asked), None)]
+    found = [cost_resource(problem, table, asked) for table in costs if table.name == name]
+    if not found:
+        raise BudgetError(
+            f"budget {name} = {asked} came without a table of what each layer takes in each "
+            "format: give it a latency table."
+        )
+    return found
 
 
 def size_resource(problem: Problem, table: SizeTable, limit: int, asked: float) -> Resource:
     """Return the budget on the bytes of one target, exact at the mix of smallest formats."""
-    shape = (len(problem.layers), len(problem.formats))
-    if np.shape(table.costs) != shape:
-        raise InputError(
-            f"the size table of {table.target!r} has shape {np.shape(table.costs)}; it must be "
-            f"{shape}."
-        )
-    costs = group_costs(problem, table.costs)
+    costs = group_costs(problem, _of_shape(problem, f"size table of {table.target!r}", table.costs))
     resource = Resource("size", costs, int(table.fixed), limit, "bytes", 1, asked, table.exact)
     # The smallest mix decides whether a limit can be met at all: there the table has to be exact.
     small = smallest_choice(problem, costs)
     off = int(table.exact(problem.mix(small))) - resource.used(small)
     return replace(resource, fixed=resource.fixed + off)
+
+
+def _of_shape(problem: Problem, what: str, table: Integers) -> Integers:
+    shape = (len(problem.layers), len(problem.formats))
+    if np.shape(table) != shape:
+        raise InputError(f"the {what} has shape {np.shape(table)}; it must be {shape}.")
+    return table
 
 
 def smallest_choice(problem: Problem, costs: Integers) -> Integers:
@@ -372,13 +354,3 @@ def largest_choice(problem: Problem, costs: Integers) -> Integers:
     """Return the allowed choice (G,) of greatest cost; ties go to the first column."""
     masked = np.where(problem.allowed, costs, np.iinfo(np.int64).min)
     return np.asarray(masked.argmax(axis=1), dtype=np.int64)
-
-
-def _rational(name: str, asked: float) -> Fraction:
-    try:
-        limit = Fraction(asked) if isinstance(asked, int) else Fraction(str(float(asked)))
-    except (TypeError, ValueError):
-        limit = Fraction(0)
-    if limit <= 0:
-        raise BudgetError(f"budget {name} = {asked!r}: a limit must be a finite number above 0.")
-    return limit

@@ -29,22 +29,14 @@ import numpy as np
 
 from hawqkit.allocation.exact import Solution, solve
 from hawqkit.allocation.impossible import Conflict, unreachable
-from hawqkit.allocation.problem import (
-    Problem,
-    Resource,
-    SizeTable,
-    cost_table,
-    group_costs,
-    size_resource,
-    smallest_choice,
-)
+from hawqkit.allocation.problem import Problem, group_costs, size_resource, smallest_choice
+from hawqkit.allocation.resources import UNLIMITED, Resource, SizeTable, cost_table
 from hawqkit.errors import BudgetError
 
 Loss = Callable[[Solution], float]
 
 WIDTH = 1e-5  # of the size: a bracket that is not narrowed further
 _TINY = 1e-12  # a loss of zero has no logarithm
-_UNLIMITED = 2**62
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,10 +72,10 @@ def stored_resource(problem: Problem, table: SizeTable | None = None) -> Resourc
     target's bytes the additive part is counted, so that headers, a few bytes, stay outside.
     """
     if table is not None:
-        return replace(size_resource(problem, table, _UNLIMITED, math.inf), exact=None)
+        return replace(size_resource(problem, table, UNLIMITED, math.inf), exact=None)
     costs = group_costs(problem, cost_table(problem.layers, problem.formats, "bits_per_weight"))
     entries = sum(layer.numel for layer in problem.layers)
-    return Resource("bits_per_weight", costs, 0, _UNLIMITED, "bits", entries)
+    return Resource("bits_per_weight", costs, 0, UNLIMITED, "bits", entries)
 
 
 def solve_smallest(

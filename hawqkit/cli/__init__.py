@@ -13,6 +13,8 @@ COMMANDS = {
     "probe": ("hawqkit.cli.probe:probe", "Measure the sensitivities of a recipe's model."),
     "spectrum": ("hawqkit.cli.spectrum:spectrum", "Measure eigenvalues, rank and degeneracy."),
     "allocate": ("hawqkit.cli.allocate:allocate", "Choose again from a run (needs no torch)."),
+    "latency": ("hawqkit.cli.latency:latency", "Time a model's layers on this machine."),
+    "tune": ("hawqkit.cli.tune:tune", "Train a run's model in the formats that were allocated."),
     "validate": ("hawqkit.cli.validate:validate", "Measure a run's allocation on held-out text."),
     "export": ("hawqkit.cli.export:export", "Write a run's allocation for a quantizer."),
     "report": ("hawqkit.cli.report:report", "Write a run's report (needs no torch)."),

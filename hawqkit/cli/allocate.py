@@ -1,4 +1,4 @@
-"""`hawqkit allocate`: choose again from a saved run."""
+"""`hawqkit allocate`: choose again from a saved run, or from a table of anyone's scores."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hawqkit.cli.options import run_argument
-
 if TYPE_CHECKING:
     from hawqkit.records import Allocation, KlBudget
 
 
 @click.command()
-@run_argument
+@click.argument("source", metavar="RUN_OR_TABLE", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--budget",
     "budgets",
     metavar="NAME=LIMIT",
     multiple=True,
-    help="average_bits=4.5, bits_per_weight=4.7 or size=80MB; may be repeated, all limits hold.",
+    help="average_bits=4.5, bits_per_weight=4.7, size=80MB, bops=2.1e9 or latency=3.1ms; of a "
+    "TABLE the name of a column, as in bytes=5.6e6. May be repeated, all limits hold.",
 )
 @click.option(
     "--max-predicted-kl",
     "limit",
     metavar="NATS[@CONFIDENCE]",
     help="The smallest mix whose predicted KL stays below, as in 0.05 or 0.05@0.9; a budget too.",
+)
+@click.option(
+    "--latency-table",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Milliseconds of each layer or shape in each format, for latency=LIMIT.",
 )
 @click.option("--runtime", metavar="NAME", help="Which layers must share a format.")
 @click.option("--score", metavar="NAME", help="Which prediction of the loss decides.")
@@ -41,37 +46,70 @@ if TYPE_CHECKING:
     "--output",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where to write the allocation.  [default: RUN/allocation.json]",
+    help="Where to write the allocation.  [default: RUN/allocation.json; of a TABLE nowhere]",
 )
 def allocate(
-    folder: Path,
+    source: Path,
     budgets: tuple[str, ...],
     limit: str | None,
+    latency_table: Path | None,
     runtime: str | None,
     score: str | None,
     risk: float | None,
     output: Path | None,
 ) -> None:
-    """Choose again from the sensitivities of RUN; needs no torch and no model.
+    """Choose again from the sensitivities of a run folder, or from a TABLE of anyone's scores.
 
-    What is not given comes from the run's recipe; budgets replace all of its budgets.
+    Needs no torch and no model. Of a run, what is not given comes from its recipe; budgets replace
+    all of its budgets. A TABLE is a CSV file with the columns layer, format and score, then any of
+    bytes, bops, latency_ms, and group: layers with the same group share a format.
     """
+    if source.is_file():
+        given = {
+            "--max-predicted-kl": limit,
+            "--latency-table": latency_table,
+            "--runtime": runtime,
+            "--score": score,
+            "--risk": risk,
+        }
+        _allocate_table(source, budgets, output, [k for k, v in given.items() if v is not None])
+        return
     from hawqkit import pipeline
     from hawqkit.recipe import load_budget
 
-    given = [*budgets, *([] if limit is None else [f"max_predicted_kl={limit}"])]
-    budget = load_budget(given) if given else None
+    limits = [*budgets, *([] if limit is None else [f"max_predicted_kl={limit}"])]
+    budget = load_budget(limits) if limits else None
     allocation = pipeline.allocate_run(
-        folder,
+        source,
         budgets=budget.limits() if budget else None,
         max_predicted_kl=budget.kl_limit() if budget else None,
         runtime=runtime,
         score=score,
         risk=risk,
         output=output,
+        latency_table=latency_table,
     )
     click.echo(describe(allocation))
-    click.echo(f"written to {output or folder / 'allocation.json'}")
+    click.echo(f"written to {output or source / 'allocation.json'}")
+
+
+def _allocate_table(
+    table: Path, budgets: tuple[str, ...], output: Path | None, unused: list[str]
+) -> None:
+    """Choose from a table, print what was chosen, and write it where that is asked for."""
+    if unused:
+        raise click.UsageError(
+            f"{', '.join(unused)}: only for a run folder, and {table} is a table; what it says is "
+            "in its columns layer, format, score, bytes, bops, latency_ms and group."
+        )
+    from rich.console import Console
+
+    from hawqkit.pipeline.tabled import allocate_csv, read_limits
+    from hawqkit.report.table_allocation import print_table_allocation
+
+    allocation = allocate_csv(table, read_limits(budgets), output)
+    print_table_allocation(Console(), allocation)
+    click.echo(f"written to {output}" if output else "written nowhere; -o FILE keeps it as JSON")
 
 
 def describe(allocation: Allocation) -> str:
@@ -79,6 +117,8 @@ def describe(allocation: Allocation) -> str:
     totals, gap = allocation.totals, allocation.certificate.relative_gap
     sizes = "".join(f", {size:,} bytes as {target}" for target, size in totals.size.items())
     taken = f"{totals.average_bits:.4f} average bits, {totals.bits_per_weight:.4f} bits per weight"
+    sizes += "" if totals.bops is None else f", {totals.bops:,} BOPs"
+    sizes += "" if totals.latency_ms is None else f", {totals.latency_ms:.6g} ms"
     widths = Counter(allocation.layers.values())
     lines = [
         taken + sizes,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 
-from hawqkit.errors import HawqkitError, RecipeError
+from hawqkit.errors import FileError, HawqkitError
 
 FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-MOST_PROBLEMS = 18  # of a recipe: more would not fit one screen
+MOST_PROBLEMS = 18  # of a file: more would not fit one screen
 
 _REASONS = {
     errno.ENOSPC: "the disk is full; free some space and run the same command to go on",
@@ -27,8 +27,8 @@ _REASONS = {
 
 def explain_failure(error: Exception) -> tuple[str, int] | None:
     """Return message and exit code of an expected failure; None where the traceback is needed."""
-    if isinstance(error, RecipeError):
-        return _recipe_message(error), error.exit_code
+    if isinstance(error, FileError):
+        return _file_message(error), error.exit_code
     if isinstance(error, HawqkitError):
         return f"error: {error}", error.exit_code
     if isinstance(error, OSError) and error.errno in _REASONS:
@@ -40,7 +40,7 @@ def explain_failure(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-def _recipe_message(error: RecipeError) -> str:
+def _file_message(error: FileError) -> str:
     lines = str(error).split("\n")
     first = lines[: MOST_PROBLEMS + 1]
     more = len(lines) - len(first)

@@ -14,7 +14,7 @@ def formats() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hawqkit.formats import format_names, parse_format
+    from hawqkit.formats import ACTIVATION_BITS, format_names, parse_format
 
     rows, columns = SHAPE
     table = Table(
@@ -40,4 +40,12 @@ def formats() -> None:
             "-" if format_.symmetric else "yes",
             f"{taken:.4f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    widths = ", ".join(map(str, ACTIVATION_BITS))
+    console.print(
+        f"Each but none may end in -a<bits>, with bits one of {widths}:\n"
+        "the layer's inputs are quantized too, which stores nothing more.\n"
+        "w4a8 is short for int4-channel-a8, w4a8-asym for int4-channel-asym-a8.",
+        highlight=False,
+    )

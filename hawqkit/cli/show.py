@@ -18,4 +18,4 @@ def show(folder: Path, full: bool) -> None:
 
     from hawqkit import pipeline
 
-    pipeline.show_run(folder, full, Console())
+    pipeline.show_run(folder, full, Console(emoji=False))

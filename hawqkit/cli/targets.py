@@ -29,7 +29,7 @@ def targets() -> None:
 
 def held_formats(target: Target) -> list[str]:
     """Return the formats that a target holds, widths with the same groups on one line."""
-    from hawqkit.formats import NONE, format_names
+    from hawqkit.formats import ACTIVATION_BITS, NONE, format_names
 
     groups: dict[str, list[str]] = {}
     for name in format_names():
@@ -40,6 +40,8 @@ def held_formats(target: Target) -> list[str]:
     for width, variants in groups.items():
         merged.setdefault(tuple(variants), []).append(width)
     lines = [f"{' '.join(widths)}: {' '.join(variants)}" for variants, widths in merged.items()]
+    acts = [f"-a{b}" for b in ACTIVATION_BITS if holds(target, f"int8-channel-a{b}")]
+    lines.append(f"inputs of layers: {' '.join(acts) or 'not quantized'}")
     return [*lines, NONE.name] if holds(target, NONE.name) else lines
 
 

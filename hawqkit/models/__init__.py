@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from hawqkit.models.batch import Batch, Data
     from hawqkit.models.batches import Sequences, load_batches
     from hawqkit.models.examples import Examples, make_examples
+    from hawqkit.models.labelled import load_examples
     from hawqkit.models.layers import find_layers
     from hawqkit.models.loading import load_model
     from hawqkit.models.model import LoadedModel, wrap_model
@@ -21,6 +22,7 @@ _HOMES = {
     "Sequences": "batches",
     "find_layers": "layers",
     "load_batches": "batches",
+    "load_examples": "labelled",
     "load_model": "loading",
     "make_examples": "examples",
     "wrap_model": "model",
@@ -34,6 +36,7 @@ __all__ = [
     "Sequences",
     "find_layers",
     "load_batches",
+    "load_examples",
     "load_model",
     "make_examples",
     "wrap_model",

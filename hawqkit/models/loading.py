@@ -1,8 +1,9 @@
-"""Loading a causal language model from wherever it lies."""
+"""Loading a language model or a classifier from wherever it lies."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,31 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hawqkit.errors import InputError, Unsupported, did_you_mean
+from hawqkit.models.folding import never_run
 from hawqkit.models.gguf_cache import converted_gguf
 from hawqkit.models.layers import dtype_name
 from hawqkit.models.model import LoadedModel, assemble, majority_dtype, narrower
 from hawqkit.models.quiet import quiet_transformers
 from hawqkit.models.sources import checked_folder, find_source
+from hawqkit.models.tasks import (
+    CAUSAL_LM,
+    IMAGES,
+    auto_class,
+    check_task,
+    known_task,
+    load_processor,
+)
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-TASKS = ("causal-lm",)
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_LOG = logging.getLogger(__name__)
 
 
 def load_model(
     source: str | Path,
     *,
+    task: str = CAUSAL_LM,
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -36,11 +47,14 @@ def load_model(
     exclude_if_there: Sequence[str] = (),
     cache: str | Path | None = None,
 ) -> LoadedModel:
-    """Load a causal language model, ready to be measured.
+    """Load a language model or a classifier, ready to be measured.
 
     Args:
         source: a hub id, a safetensors folder, a `.gguf` file (converted once, then cached), or
-            `package:NAME/FILE`, a file inside an installed package, which is never imported.
+            `package:NAME/FILE`, a file or folder inside an installed package, which is never
+            imported.
+        task: `causal-lm`, `image-classification` or `text-classification`: which of transformers'
+            auto classes loads it. An image classifier's processor is the one without torchvision.
         revision: branch, tag or commit of a hub id.
         dtype: `float32`, `bfloat16`, `float16`, `float64`, or `auto`: float32 on a CPU, where
             matrix products in half precision are slow, and the stored dtype on accelerators. What
@@ -54,11 +68,12 @@ def load_model(
 
     Raises:
         InputError: the source, its files or an option are wrong.
-        Unsupported: the model is no causal language model, or quantized already.
+        Unsupported: the model is of another task, or quantized already; a GGUF file is asked to
+            classify.
         NumericalError: a weight holds NaN or infinity.
         HawqkitError: the hub cannot be reached.
     """
-    name = str(source)
+    name, task = str(source), known_task(task)
     target = _device(device)
     if dtype not in ("auto", *DTYPES):
         raise InputError(
@@ -67,17 +82,25 @@ def load_model(
         )
     path = find_source(name, revision=revision, trust_remote_code=trust_remote_code)
     if path.suffix == ".gguf" and path.is_file():
+        if task != CAUSAL_LM:
+            raise Unsupported(
+                f"{name}: GGUF files hold language models, and the task is {task}; give a folder "
+                "or a hub id."
+            )
         path = converted_gguf(path, name, Path(cache).expanduser() if cache is not None else None)
         checked_folder(path, name)
     stored = _stored_dtypes(path, name)
     most = majority_dtype(stored)
     if dtype == "auto":
         dtype = "float32" if target.type == "cpu" and most != "float64" else most
-    module = _load_folder(path, name, dtype, trust_remote_code).to(target)
+    module = _load_folder(path, name, dtype, trust_remote_code, task).to(target)
+    _warn_of_fresh_norms(module, name)
     return assemble(
         module,
         source=name,
-        tokenizer=_load_tokenizer(path, name, trust_remote_code),
+        tokenizer=_load_tokenizer(path, name, trust_remote_code) if task != IMAGES else None,
+        processor=load_processor(path, name, trust_remote_code) if task == IMAGES else None,
+        task=task,
         include=include,
         exclude=exclude,
         exclude_if_there=exclude_if_there,
@@ -137,16 +160,30 @@ def _stored_dtypes(folder: Path, source: str) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _load_folder(folder: Path, source: str, dtype: str, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _warn_of_fresh_norms(module: nn.Module, source: str) -> None:
+    if fresh := never_run(module):
+        more = f" and {len(fresh) - 4} more" if len(fresh) > 4 else ""
+        _LOG.warning(
+            "%s: batch norm that was never run (its statistics are the initial ones): %s%s; the "
+            "model is measured as it is, check that its checkpoint is complete.",
+            source,
+            ", ".join(fresh[:4]),
+            more,
+        )
+
+
+def _load_folder(
+    folder: Path, source: str, dtype: str, trust_remote_code: bool, task: str
+) -> nn.Module:
+    from transformers import AutoConfig
 
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-            check_task(config, source, trust_remote_code)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            check_task(config, source, trust_remote_code, task)
+            loaded: Any = auto_class(task).from_pretrained(
                 folder,
                 config=config,
                 dtype=getattr(torch, dtype),
@@ -166,37 +203,6 @@ def _load_folder(folder: Path, source: str, dtype: str, trust_remote_code: bool)
         )
     result: nn.Module = model
     return result
-
-
-def check_task(config: Any, source: str, trust_remote_code: bool = False) -> None:
-    """Refuse what is no causal language model with plain weights.
-
-    Raises:
-        Unsupported: an encoder, an encoder-decoder, another head, or a quantized checkpoint.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    if getattr(config, "quantization_config", None):
-        method = dict(config.quantization_config).get("quant_method", "an unnamed method")
-        raise Unsupported(
-            f"{source}: the checkpoint is quantized already ({method}); start from the original."
-        )
-    known: set[str] = set()
-    for value in CAUSAL.values():
-        known.update((value,) if isinstance(value, str) else value)
-    architectures = list(getattr(config, "architectures", None) or ())
-    own_code = trust_remote_code and "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    if own_code or any(a in known for a in architectures):
-        return
-    if architectures or config.model_type not in CAUSAL:
-        what = ", ".join(architectures) or f"model type {config.model_type!r}"
-        kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
-        raise Unsupported(
-            f"{source}: {what} is {kind}; causal language models are supported, encoders and other "
-            "tasks are not yet."
-        )
 
 
 def _load_tokenizer(folder: Path, source: str, trust_remote_code: bool) -> Any:

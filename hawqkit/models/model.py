@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hawqkit.errors import InputError, NumericalError, did_you_mean
+from hawqkit.models.fixed_scales import FixedScales
 from hawqkit.models.layers import dtype_name, find_layers
 from hawqkit.models.orientation import as_rows, from_rows
 from hawqkit.records import DTYPE_BITS, Layer, ModelFacts, Skipped
@@ -34,6 +35,8 @@ class LoadedModel:
         task: `causal-lm`, `image-classification`, `text-classification`, or `module` for a network
             of which no more is known than that it returns logits.
         processor: the image processor of a model that has one, else None.
+        scales: layer name -> scales that its weight lies on already, which rounding to their format
+            takes instead of its own; empty unless the model was tuned.
     """
 
     module: nn.Module
@@ -43,6 +46,7 @@ class LoadedModel:
     skipped: tuple[Skipped, ...]
     task: str = "causal-lm"
     processor: Any = None
+    scales: Mapping[str, FixedScales] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -197,7 +201,7 @@ def assemble(
         stored=stored,
         convolutions=task != "causal-lm",
     )
-    state = _own_state(module)
+    state = own_state(module)
     _check_finite(source, state)
     # The configuration is read before the cache is switched off, so that exports keep its setting.
     facts = _facts(module, source, (tokenizer, processor), state, stored)
@@ -215,12 +219,29 @@ def recounted(model: LoadedModel, stored: Mapping[str, str]) -> LoadedModel:
         stored: dtype that a new tensor counts as, where it is not the one in memory.
     """
     known = {tensor.name: tensor.dtype for tensor in model.facts.tensors}
-    state = _own_state(model.module)
+    state = own_state(model.module)
     beside = (model.tokenizer, model.processor)
     facts = _facts(model.module, model.facts.source, beside, state, {**known, **dict(stored)})
     vectors = [s for s in find_layers(model.module)[1] if s.kind == "vector"]
     kept = [s for s in model.skipped if s.kind != "vector"]
     return replace(model, facts=facts, skipped=(*kept, *vectors))
+
+
+def with_values(
+    model: LoadedModel, module: nn.Module, scales: Mapping[str, FixedScales] | None = None
+) -> LoadedModel:
+    """Return a model that is the same but for the values of its weights; their hash is new.
+
+    Args:
+        model: what was known.
+        module: a network of the same structure, in evaluation mode, with other values.
+        scales: what its weights lie on, by layer; none if None.
+    """
+    known = {tensor.name: tensor.dtype for tensor in model.facts.tensors}
+    state = own_state(module)
+    dtypes = {name: known.get(name, dtype_name(t.dtype)) for name, t in state.items()}
+    facts = replace(model.facts, hash=_hash(state, dtypes))
+    return replace(model, module=module, facts=facts, scales=dict(scales or {}))
 
 
 def save_side_files(
@@ -246,7 +267,7 @@ def save_side_files(
     return written
 
 
-def _own_state(module: nn.Module) -> dict[str, Tensor]:
+def own_state(module: nn.Module) -> dict[str, Tensor]:
     """Return what a checkpoint stores: tied tensors once, under the name that loading expects."""
     declared = set(getattr(module, "all_tied_weights_keys", None) or ())
     ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())

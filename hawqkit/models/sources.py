@@ -77,7 +77,8 @@ def checked_folder(folder: Path, source: str) -> Path:
             f"{source}: {pickles[0]} is a pickle checkpoint, refused because loading a pickle can "
             "execute any code that its author put there. If you trust it, convert it once: "
             "AutoModelForCausalLM.from_pretrained(SOURCE, use_safetensors=False)"
-            ".save_pretrained(NEW_FOLDER) writes safetensors; then name the new folder."
+            ".save_pretrained(NEW_FOLDER) writes safetensors (for classifiers the Auto class of "
+            "their task does); then name the new folder."
         )
     raise InputError(f"{source}: the folder has a config.json but no *.safetensors weights.")
 

@@ -14,7 +14,7 @@ from hawqkit.models.sources import first_line, hub_endpoint, reachable, transpor
 
 FILES = (".txt", ".jsonl", ".parquet")
 # What the two roles mean for a data set that has no splits of these names.
-_ROLES = {"calibration": ("train",), "held-out": ("test", "validation")}
+_ROLES = {"calibration": ("train",), "held-out": ("test", "validation", "val")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,17 @@ def _read_file(path: Path, source: str, column: str | None) -> Sequence[Any]:
 
 
 def _read_jsonl(text: str, source: str, column: str | None) -> Sequence[Any]:
+    rows = read_rows(text, source)
+    chosen = _choose_column(source, list(dict.fromkeys(k for row in rows for k in row)), column)
+    return checked_items(source, chosen, [row.get(chosen) for row in rows])
+
+
+def read_rows(text: str, source: str) -> list[dict[str, Any]]:
+    """Return the objects of JSON Lines, of which there is at least one.
+
+    Raises:
+        DataError: a line is no JSON object; the message says which one.
+    """
     rows = []
     # Not splitlines(): JSON strings may hold separators such as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -133,8 +144,7 @@ def _read_jsonl(text: str, source: str, column: str | None) -> Sequence[Any]:
         rows.append(row)
     if not rows:
         raise DataError(f"{source}: the file holds no rows.")
-    chosen = _choose_column(source, list(dict.fromkeys(k for row in rows for k in row)), column)
-    return checked_items(source, chosen, [row.get(chosen) for row in rows])
+    return rows
 
 
 def _read_parquet(path: Path, source: str, column: str | None) -> Sequence[Any]:
@@ -188,6 +198,23 @@ def checked_items(source: str, column: str, items: Sequence[Any]) -> list[Any]:
 
 
 def _from_hub(source: str, split: str, config: str | None, column: str | None) -> Documents:
+    data, name = hub_data_set(source, split, config)
+    column = _choose_column(source, data.column_names, column)
+    return Documents(name, checked_items(source, column, data[column][:]))
+
+
+def hub_data_set(source: str, split: str, config: str | None) -> tuple[Any, str]:
+    """Return one split of a data set of the hub, and its name with configuration and split.
+
+    Args:
+        source: the data set's id.
+        split: any that it has; `calibration` stands for train, `held-out` for test or validation.
+        config: its configuration, None for the only one.
+
+    Raises:
+        DataError: there is no such data set, configuration or split.
+        HawqkitError: the hub cannot be reached.
+    """
     import datasets
     from huggingface_hub import constants
 
@@ -202,7 +229,7 @@ def _from_hub(source: str, split: str, config: str | None, column: str | None) -
         )
     try:
         known = datasets.get_dataset_split_names(source, config)
-        chosen = _choose_split(source, split, known)
+        chosen = choose_split(source, split, known)
         data = datasets.load_dataset(source, config, split=chosen)
     except FileNotFoundError as error:
         if _never_answered(error):
@@ -220,9 +247,7 @@ def _from_hub(source: str, split: str, config: str | None, column: str | None) -
         raise HawqkitError(
             f"{source}: the data set failed to load ({first_line(error)})."
         ) from None
-    name = ":".join(filter(None, [source, config, chosen]))
-    column = _choose_column(source, data.column_names, column)
-    return Documents(name, checked_items(source, column, data[column][:]))
+    return data, ":".join(filter(None, [source, config, chosen]))
 
 
 def _never_answered(error: BaseException) -> bool:
@@ -243,7 +268,15 @@ def _never_answered(error: BaseException) -> bool:
     return False
 
 
-def _choose_split(source: str, split: str, known: Sequence[str]) -> str:
+def choose_split(source: str, split: str, known: Sequence[str]) -> str:
+    """Return the split that is meant: one that there is, or the one that plays this role.
+
+    Raises:
+        DataError: there is none; the message names those that there are.
+
+    >>> choose_split("d", "held-out", ["train", "validation"])
+    'validation'
+    """
     base = split.partition("[")[0]  # datasets reads train[:1%]
     if base in known:
         return split

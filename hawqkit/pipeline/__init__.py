@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from hawqkit.pipeline.reporting import report_run, show_run
     from hawqkit.pipeline.running import run, run_probe, validate_run
     from hawqkit.pipeline.spectral import run_spectrum
+    from hawqkit.pipeline.tabled import allocate_csv
+    from hawqkit.pipeline.tuning import tune_run
 
 _HOMES = {
     "CheckResult": "checking",
     "check": "checking",
     "print_check": "checking",
+    "allocate_csv": "tabled",
     "allocate_run": "choosing",
     "choose": "choosing",
     "report_run": "reporting",
@@ -25,11 +28,13 @@ _HOMES = {
     "run": "running",
     "run_probe": "running",
     "run_spectrum": "spectral",
+    "tune_run": "tuning",
     "validate_run": "running",
 }
 
 __all__ = [
     "CheckResult",
+    "allocate_csv",
     "allocate_run",
     "check",
     "choose",
@@ -40,6 +45,7 @@ __all__ = [
     "run_probe",
     "run_spectrum",
     "show_run",
+    "tune_run",
     "validate_run",
 ]
 

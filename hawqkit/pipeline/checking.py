@@ -10,10 +10,17 @@ from rich.table import Table
 
 from hawqkit.allocation import allocate_table
 from hawqkit.costs import Meter, available_bytes
+from hawqkit.pipeline.activations import rehearse_ranges
 from hawqkit.pipeline.choosing import size_tables
-from hawqkit.pipeline.costing import Estimate, estimate
+from hawqkit.pipeline.costing import Estimate, choosing_tokens, estimate
 from hawqkit.pipeline.hessian_scores import open_curvature, rehearse
-from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings
+from hawqkit.pipeline.inputs import (
+    Inputs,
+    describe_data,
+    describe_processes,
+    load_inputs,
+    probe_settings,
+)
 from hawqkit.pipeline.progress import track
 from hawqkit.pipeline.spectral import settings_of
 from hawqkit.recipe import Recipe
@@ -70,7 +77,8 @@ def check(recipe: Recipe) -> CheckResult:
     device = str(inputs.model.device)
     free = available_bytes(device) + load.extra_bytes
     settings = probe_settings(recipe)
-    prober = Prober(inputs.model, inputs.calibration, recipe.formats, settings)
+    ranges, activation_seconds = rehearse_ranges(recipe, inputs)
+    prober = Prober(inputs.model, inputs.calibration, recipe.formats, settings, None, ranges)
     curvature = open_curvature(recipe, inputs.model, inputs.calibration, prober.layers)
     with Meter(device) as rounding:
         prober.prepare(track)
@@ -111,8 +119,10 @@ def check(recipe: Recipe) -> CheckResult:
             batch_tokens=prober.size * inputs.calibration.facts.length,
             validation_tokens=sum(t.facts.tokens for t in inputs.texts.values()),
             mixes=1 + len(recipe.validation.baselines),
+            calibration_tokens=choosing_tokens(inputs.calibration),
             curvature_seconds=curvature_seconds,
             spectrum_seconds=spectrum_seconds,
+            activation_seconds=activation_seconds,
         ),
         available_bytes=free,
         cache=prober.keep,
@@ -144,10 +154,7 @@ def print_check(result: CheckResult, console: Console) -> None:
     for skip in result.skipped:
         console.print(f"left alone: {skip.name} {skip.shape}: {skip.reason}", highlight=False)
     for name, data in result.texts.items():
-        console.print(
-            f"{name}: {data.source}: {data.sequences} sequences, {data.counted} predictions, "
-            f"{data.documents} documents"
-        )
+        console.print(f"{name}: {data.source}: {describe_data(data)}, {data.counted} predictions")
     table = Table("every layer in", "bits/weight", *(f"{t} MB" for t in result.sizes[0][2]))
     for name, bits, size in result.sizes:
         table.add_row(name, f"{bits:.3f}", *(f"{b / 1e6:.1f}" for b in size.values()))
@@ -169,5 +176,9 @@ def print_check(result: CheckResult, console: Console) -> None:
     if not result.fits:
         console.print(
             "to need less: sensitivity.cache none, sensitivity.checkpointing true, a smaller "
-            "sensitivity.batch, or shorter sequences"
+            f"sensitivity.batch{_or_shorter(result.texts['calibration'])}"
         )
+
+
+def _or_shorter(data: DataFacts) -> str:
+    return "" if data.length == 1 else ", or shorter sequences"

@@ -19,9 +19,12 @@ from hawqkit.allocation import (
     sweep_frontier,
     with_scores,
 )
+from hawqkit.allocation.resources import LATENCY
 from hawqkit.errors import InputError
+from hawqkit.formats import with_activations
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.pipeline.kl_limit import find_smallest
+from hawqkit.pipeline.latency import latency_costs
 from hawqkit.pipeline.risk import compare_risk, risked
 from hawqkit.records import (
     Allocation,
@@ -64,7 +67,7 @@ class ChoiceSettings:
     """How to choose.
 
     Attributes:
-        budgets: `average_bits`, `bits_per_weight`, `size` (bytes) -> limit.
+        budgets: `average_bits`, `bits_per_weight`, `size` (bytes), `bops`, `latency_ms` -> limit.
         max_predicted_kl: asks for the smallest mix within this limit on the predicted KL.
         runtime: profile of layers that share a format.
         score: a score's name, or `auto`.
@@ -74,6 +77,8 @@ class ChoiceSettings:
         baselines: other mixes to set beside the chosen one.
         draws: resampled probes for stability; 0 leaves it out.
         seed: of the resampling.
+        latency_table: file that says how long each layer takes in each format.
+        groups: layer name -> key; layers with the same key share a format, whatever the runtime.
     """
 
     budgets: Mapping[str, float]
@@ -86,6 +91,8 @@ class ChoiceSettings:
     draws: int = 0
     seed: int = field(default=0)
     max_predicted_kl: KlLimit | None = None
+    latency_table: str | Path | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
     def asked(self) -> dict[str, float]:
         """Return every limit by its name, that on the KL in nats."""
@@ -102,7 +109,9 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
 
     Raises:
         BudgetError: no mix fits the budgets; says what can be had.
-        InputError: a name is unknown, or `risk` or a confidence needs what this run lacks.
+        InputError: a name is unknown, `risk` or a confidence needs what this run lacks, or the
+            latency table lacks rows.
+        Unsupported: `bops` is limited, and operations were not counted.
     """
     name = _score_name(sensitivities, settings)
     tables = size_tables(
@@ -112,7 +121,7 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
     baselines, warnings = make_baselines(
         found.problem,
         list(settings.baselines),
-        weight_error=to_array(sensitivities.weight_error),
+        weight_error=_error_table(sensitivities),
         trace_scores=to_array(sensitivities.scores["trace"].values),
         size_tables=tables,
     )
@@ -147,6 +156,7 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         warnings=warnings,
         kl_budget=kept,
         other_risk=other,
+        activations=sensitivities.activations,
     )
     return allocation, sweep_frontier(found.problem, found.solution.choice)
 
@@ -159,6 +169,7 @@ def allocate_run(
     risk: float | None = None,
     output: str | Path | None = None,
     max_predicted_kl: KlLimit | None = None,
+    latency_table: str | Path | None = None,
 ) -> Allocation:
     """Choose again from a saved run, without torch; what is not given comes from its recipe.
 
@@ -170,14 +181,21 @@ def allocate_run(
         risk: standard deviations, instead of the recipe's.
         output: a file to write the allocation to, instead of the run's own allocation.json.
         max_predicted_kl: the smallest mix within this limit on the predicted KL.
+        latency_table: for the limit on `latency_ms`, instead of the recipe's.
     """
     run = RunFolder(Path(folder))
     settings = recipe_choice(run)
     if budgets or max_predicted_kl:
         limits = dict(budgets or {})
-        settings = replace(settings, budgets=limits, max_predicted_kl=max_predicted_kl)
+        settings = replace(
+            settings,
+            budgets=limits,
+            max_predicted_kl=max_predicted_kl,
+            latency_table=settings.latency_table if LATENCY in limits else None,
+        )
     settings = replace(
         settings,
+        latency_table=latency_table or settings.latency_table,
         runtime=runtime or settings.runtime,
         score=score or settings.score,
         risk=settings.risk if risk is None else risk,
@@ -196,6 +214,7 @@ def recipe_choice(run: RunFolder) -> ChoiceSettings:
     return ChoiceSettings(
         budgets=recipe.budget.limits(),
         max_predicted_kl=recipe.budget.kl_limit(),
+        latency_table=recipe.budget.latency_table(),
         runtime=recipe.runtime,
         score=recipe.sensitivity.score,
         risk=recipe.sensitivity.risk,
@@ -229,6 +248,16 @@ def _exact_size(
     return int(find_target(target).size(mix, layers, facts))
 
 
+def _error_table(sensitivities: Sensitivities) -> Floats:
+    """Return what the baseline `weight-error` minimizes: |dW|^2, and that of inputs beside it.
+
+    Where formats round inputs, the score has the two in one unit, nats.
+    """
+    if not with_activations(sensitivities.formats):
+        return to_array(sensitivities.weight_error)
+    return to_array(sensitivities.scores["weight-error"].values)
+
+
 def _score_name(sensitivities: Sensitivities, settings: ChoiceSettings) -> str:
     name = resolve_score(settings.score, sensitivities.auto)
     if name not in sensitivities.scores:
@@ -243,6 +272,9 @@ def _solve(
     tables: Sequence[SizeTable],
 ) -> tuple[Allocated, KlBudget | None]:
     table = risked(sensitivities, name, settings.risk)
+    costs = latency_costs(
+        settings.budgets, settings.latency_table, sensitivities.layers, sensitivities.formats
+    )
     limit = settings.max_predicted_kl
     if limit is not None:
         return find_smallest(
@@ -254,6 +286,8 @@ def _solve(
             runtime=settings.runtime,
             size_tables=tables,
             size_target=settings.size_target,
+            groups=settings.groups,
+            costs=costs,
         )
     found = allocate_table(
         sensitivities.layers,
@@ -263,6 +297,8 @@ def _solve(
         runtime=settings.runtime,
         size_tables=tables,
         size_target=settings.size_target,
+        groups=settings.groups,
+        costs=costs,
     )
     return found, None
 

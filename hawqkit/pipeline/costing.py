@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from hawqkit import distributed
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.records import Cost, Provenance
 from hawqkit.store import write_record
+
+if TYPE_CHECKING:
+    from hawqkit.models import Data
 
 PACKAGES = (
     "hawqkit", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors",
@@ -55,6 +59,8 @@ def estimate(
     mixes: int,
     curvature_seconds: float = 0.0,
     spectrum_seconds: float = 0.0,
+    activation_seconds: float = 0.0,
+    calibration_tokens: int = 0,
 ) -> Estimate:
     """Predict a run from what its beginning took.
 
@@ -69,19 +75,33 @@ def estimate(
         mixes: mixes that validation measures.
         curvature_seconds: the scores of the true Hessian, 0 where none is asked for.
         spectrum_seconds: the spectrum, 0 where it is not asked for.
+        activation_seconds: the ranges of the layers' inputs, 0 where none are needed.
+        calibration_tokens: those that chose, if validation measures the original and the chosen mix
+            on them too.
     """
-    passes = validation_tokens / max(batch_tokens, 1) * (1 + mixes)
+    tokens = validation_tokens * (1 + mixes) + 2 * calibration_tokens
+    passes, rounded = tokens / max(batch_tokens, 1), mixes + (calibration_tokens > 0)
     seconds = {
         "load": load_seconds,
         "probe": round_seconds + batch_seconds * batches,
         "allocate, export, report": FIXED_SECONDS,
-        "validate": passes * batch_seconds * FORWARD_SHARE + round_seconds / 6 * mixes,
+        "validate": passes * batch_seconds * FORWARD_SHARE + round_seconds / 6 * rounded,
     }
+    if activation_seconds > 0:
+        seconds["activations"] = activation_seconds
     if curvature_seconds > 0:
         seconds["curvature"] = curvature_seconds
     if spectrum_seconds > 0:
         seconds["spectrum"] = spectrum_seconds
     return Estimate(seconds, peak_bytes)
+
+
+def choosing_tokens(calibration: Data) -> int:
+    """Return the tokens that chose, or images; none of text, on which nothing is validated."""
+    facts = calibration.facts
+    if not facts.classes:
+        return 0
+    return round(facts.tokens * float((~calibration.withheld).double().mean()))
 
 
 class Ledger:

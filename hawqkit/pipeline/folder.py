@@ -9,6 +9,7 @@ from hawqkit.allocation import BUDGETS
 from hawqkit.errors import InputError, StateMismatch
 from hawqkit.recipe import Recipe, load_recipe
 from hawqkit.records import (
+    ActivationRanges,
     Allocation,
     Frontier,
     Provenance,
@@ -54,6 +55,11 @@ class RunFolder:
         return self.path / "curvature"
 
     @property
+    def activations(self) -> Path:
+        """The ranges of the layers' inputs, where a format rounds them."""
+        return self.path / "activations.json"
+
+    @property
     def sensitivities(self) -> Path:
         """The table of scores."""
         return self.path / "sensitivities.json"
@@ -87,6 +93,11 @@ class RunFolder:
     def spectrum_journal(self) -> Path:
         """Folder of the spectrum's journal, with every block's eigenvectors."""
         return self.path / "spectrum"
+
+    @property
+    def tuning(self) -> Path:
+        """Folder of the tuned model, its record and its checkpoints."""
+        return self.path / "tuning"
 
     @property
     def validation(self) -> Path:
@@ -127,10 +138,37 @@ class RunFolder:
             InputError, StateMismatch: they are missing or damaged.
         """
         table = read_record(self.sensitivities, Sensitivities)
-        return replace(table, samples=read_samples(self.samples, table.fingerprint))
+        return replace(
+            table,
+            samples=read_samples(self.samples, table.fingerprint),
+            activations=self._read_activations(table.activations_fingerprint),
+        )
+
+    def _read_activations(self, wanted: str) -> ActivationRanges | None:
+        """Read the ranges with a fingerprint, None if none are wanted.
+
+        Raises:
+            StateMismatch: they are missing, damaged or others.
+        """
+        if not wanted:
+            return None
+        if not self.activations.is_file():
+            raise StateMismatch(
+                f"{self.activations}: no such file, and the sensitivities were measured with its "
+                "ranges; restore it, or run the probe again."
+            )
+        found = read_record(self.activations, ActivationRanges)
+        if found.fingerprint != wanted:
+            raise StateMismatch(
+                f"{self.activations}: are other ranges than those that the sensitivities were "
+                "measured with; restore the file or run the probe again in another folder."
+            )
+        return found
 
     def write_sensitivities(self, table: Sensitivities) -> None:
-        """Write the samples first, so that a table on disk always has them."""
+        """Write samples and ranges first, so that a table on disk always has them."""
+        if table.activations is not None:
+            write_record(self.activations, table.activations)
         write_samples(self.samples, table.samples, table.fingerprint)
         write_record(self.sensitivities, table)
 
@@ -143,7 +181,10 @@ class RunFolder:
         """
         allocation = read_record(self.allocation, Allocation)
         if self.sensitivities.exists():
-            self._refuse_foreign(allocation, read_record(self.sensitivities, Sensitivities))
+            table = read_record(self.sensitivities, Sensitivities)
+            self._refuse_foreign(allocation, table)
+            ranges = self._read_activations(table.activations_fingerprint)
+            allocation = replace(allocation, activations=ranges)
         return allocation
 
     def _refuse_foreign(self, allocation: Allocation, table: Sensitivities) -> None:

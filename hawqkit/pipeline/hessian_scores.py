@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hawqkit.costs import Meter
-from hawqkit.models import LoadedModel, Sequences
+from hawqkit.models import Data, LoadedModel
 from hawqkit.pipeline.costing import Ledger
 from hawqkit.pipeline.progress import track
 from hawqkit.recipe import Recipe
@@ -20,7 +20,7 @@ from hawqkit.sensitivity.curvature_scores import with_curvature, without_curvatu
 def open_curvature(
     recipe: Recipe,
     model: LoadedModel,
-    text: Sequences,
+    text: Data,
     layers: Sequence[Layer],
     folder: Path | None = None,
 ) -> CurvatureProbe | None:

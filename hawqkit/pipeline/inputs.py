@@ -1,8 +1,9 @@
-"""From a recipe to a model and its texts, and everything that can be refused before a long pass."""
+"""From a recipe to a model and its data, and everything that can be refused before a long pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,12 +13,18 @@ import numpy as np
 import torch
 
 from hawqkit import distributed
-from hawqkit.allocation import allocate_table
+from hawqkit.allocation import allocate_table, read_latencies
 from hawqkit.errors import HawqkitError, InputError, Unsupported
-from hawqkit.models import LoadedModel, Sequences, load_batches, load_model
+from hawqkit.models import Data, LoadedModel, load_batches, load_examples, load_model
+from hawqkit.models.folding import Folding, with_folded_batch_norms
+from hawqkit.models.operations import with_operations
 from hawqkit.pipeline.choosing import size_tables
+from hawqkit.pipeline.exporting import trace_as_asked
+from hawqkit.pipeline.latency import latency_costs
 from hawqkit.pipeline.progress import notices
 from hawqkit.recipe import (
+    CLASSIFIERS,
+    BudgetSection,
     CalibrationSection,
     HeldOutSection,
     ModelSection,
@@ -25,14 +32,16 @@ from hawqkit.recipe import (
     SpectrumSection,
     TextSection,
 )
-from hawqkit.recipe.consistency import BUILTIN
-from hawqkit.records import Layer, ModelFacts
-from hawqkit.sensitivity.probing import ProbeSettings, fitting_layers, micro_batch_size
+from hawqkit.recipe.values import BUILTIN
+from hawqkit.records import DataFacts, Layer, ModelFacts
+from hawqkit.sensitivity.fitting import fitting_layers
+from hawqkit.sensitivity.probing import ProbeSettings, micro_batch_size
 from hawqkit.spectrum.measuring import resolve_layers
 from hawqkit.targets import find_target
 from hawqkit.targets.contract import capped
 
 HELD_OUT = "held-out"
+_LOG = logging.getLogger(__name__)
 
 Placed = TypeVar("Placed", ModelSection, CalibrationSection, HeldOutSection)
 
@@ -43,15 +52,15 @@ class Inputs:
 
     Attributes:
         model: ready to be measured.
-        calibration: sequences that choose, then those that only predict.
-        texts: name -> sequences for validation; `held-out` comes first.
-        spectrum: sequences that the spectrum is measured on, None if it is not measured.
+        calibration: sequences or examples that choose, then those that only predict.
+        texts: name -> data for validation; `held-out` comes first.
+        spectrum: what the spectrum is measured on, None if it is not measured.
     """
 
     model: LoadedModel
-    calibration: Sequences
-    texts: dict[str, Sequences]
-    spectrum: Sequences | None = None
+    calibration: Data
+    texts: dict[str, Data]
+    spectrum: Data | None = None
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
@@ -62,15 +71,14 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """
     model = load_recipe_model(recipe)
     problems: list[HawqkitError] = []
-    texts: dict[str, Sequences] = {}
-    sections = {"calibration": recipe.calibration, HELD_OUT: recipe.held_out, **recipe.other_texts}
-    for name, section in sections.items():
-        try:
-            texts[name] = load_text(section, model, getattr(section, "withheld", 0))
-        except InputError as error:
-            problems.append(error)
+    texts = _load_texts(recipe, model, problems)
     if "calibration" in texts:
         problems += _without_pairs(recipe, texts["calibration"], model)
+        problems += _same_data(recipe, texts)
+        try:
+            model = fold_as_asked(recipe, model, texts["calibration"])
+        except InputError as error:
+            problems.append(error)
     spectrum = None
     if recipe.spectrum is not None:
         try:
@@ -78,10 +86,13 @@ def load_inputs(recipe: Recipe) -> Inputs:
         except InputError as error:
             problems.append(error)
     try:
+        if "calibration" in texts:
+            model = count_as_asked(recipe, model, texts["calibration"])
+            model = trace_as_asked(recipe, model, texts["calibration"])
         layers, _ = fitting_layers(model, recipe.formats, recipe.layers.misfits)
         wrong = target_problems(recipe.export, layers, recipe.formats, model.facts)
         problems += wrong
-        if not wrong:
+        if not wrong and ("calibration" in texts or not _needs_operations(recipe)):
             refuse_impossible(recipe, layers, model.facts)
     except InputError as error:
         problems.append(error)
@@ -92,6 +103,23 @@ def load_inputs(recipe: Recipe) -> Inputs:
     return Inputs(model, texts.pop("calibration"), texts, spectrum)
 
 
+def _load_texts(
+    recipe: Recipe, model: LoadedModel, problems: list[HawqkitError]
+) -> dict[str, Data]:
+    """Return what can be loaded of a recipe's data by name; what is wrong goes to `problems`."""
+    texts: dict[str, Data] = {}
+    for name, section in _sections(recipe).items():
+        try:
+            texts[name] = load_text(section, model, getattr(section, "withheld", 0))
+        except InputError as error:
+            problems.append(error)
+    return texts
+
+
+def _sections(recipe: Recipe) -> dict[str, TextSection]:
+    return {"calibration": recipe.calibration, HELD_OUT: recipe.held_out, **recipe.other_texts}
+
+
 def load_recipe_model(recipe: Recipe) -> LoadedModel:
     """Load the model that a recipe names, with the layers that it chooses."""
     device = recipe.model.device
@@ -100,6 +128,7 @@ def load_recipe_model(recipe: Recipe) -> LoadedModel:
     with notices():
         return load_model(
             recipe.model.source,
+            task=recipe.model.task,
             revision=recipe.model.revision,
             dtype=recipe.model.dtype,
             device=device,
@@ -108,6 +137,72 @@ def load_recipe_model(recipe: Recipe) -> LoadedModel:
             exclude=recipe.layers.exclude if _excludes(recipe) else (),
             exclude_if_there=() if _excludes(recipe) else recipe.layers.exclude,
         )
+
+
+def fold_as_asked(recipe: Recipe, model: LoadedModel, data: Data) -> LoadedModel:
+    """Return the model with its batch norms folded, if the recipe says so, and log what was done.
+
+    Raises:
+        InputError: a batch norm was never run.
+    """
+    if not recipe.model.fold_batch_norm:
+        return model
+    folded, folding = with_folded_batch_norms(model, data)
+    with notices():
+        _LOG.info("%s", describe_folding(folding))
+    return folded
+
+
+def describe_folding(folding: Folding) -> str:
+    """Return lines about what was folded, and what was left with its reason."""
+    first = (
+        f"batch norm: {len(folding.folded)} folded, {len(folding.left)} left; outputs change by "
+        f"{folding.difference:.1e} of the largest"
+    )
+    return "\n".join([first, *capped([f"{n}: {why}" for n, why in folding.left.items()])])
+
+
+def count_as_asked(recipe: Recipe, model: LoadedModel, data: Data) -> LoadedModel:
+    """Return the model with its operations counted, if a budget needs them.
+
+    Raises:
+        InputError: the latency table cannot be read.
+        Unsupported: shapes vary from example to example.
+    """
+    return with_operations(model, data) if _needs_operations(recipe) else model
+
+
+def _needs_operations(recipe: Recipe) -> bool:
+    """Whether bit operations are limited, or a latency table has rows of shapes."""
+    table = recipe.budget.latency_table()
+    return recipe.budget.bops is not None or bool(table and read_latencies(table).shapes)
+
+
+def _same_data(recipe: Recipe, texts: Mapping[str, Data]) -> list[HawqkitError]:
+    """Return the problems of data that validate a choice which they have made.
+
+    Recipes are compared by name and split; whether a folder has splits is known when it was read.
+    """
+    if recipe.model.task not in CLASSIFIERS:
+        return []
+    sections = _sections(recipe)
+    origins = {name: _origin(sections[name], data) for name, data in texts.items()}
+    return [
+        InputError(
+            f"{name}: {texts[name].facts.source} has no splits, so these are the examples of "
+            "calibration too; validation measures on what the choice never saw: name another "
+            "folder or file, or put `train` and `test` folders into this one."
+        )
+        for name, origin in origins.items()
+        if name != "calibration" and origin == origins["calibration"]
+    ]
+
+
+def _origin(section: TextSection, data: Data) -> str:
+    path = Path(section.source).expanduser()
+    if not path.exists():
+        return data.facts.source
+    return f"{path.resolve()}{data.facts.source.removeprefix(section.source)}"
 
 
 def _excludes(recipe: Recipe) -> bool:
@@ -134,8 +229,18 @@ def settle(recipe: Recipe, model: LoadedModel) -> Recipe:
             "held_out": _placed(recipe.held_out),
             "other_texts": {name: _placed(text) for name, text in recipe.other_texts.items()},
             "layers": layers,
+            "budget": _placed_budget(recipe.budget),
         }
     )
+
+
+def _placed_budget(budget: BudgetSection) -> BudgetSection:
+    """Return the budget with the path of its latency table made absolute."""
+    if budget.latency is None or budget.latency.table is None:
+        return budget
+    table = str(Path(budget.latency.table).expanduser().absolute())
+    latency = budget.latency.model_copy(update={"table": table})
+    return budget.model_copy(update={"latency": latency})
 
 
 def _placed(section: Placed) -> Placed:
@@ -156,18 +261,20 @@ def refuse_impossible(recipe: Recipe, layers: Sequence[Layer], facts: ModelFacts
     if not recipe.budget.limits():
         return  # which KL can be had is known after the probe
     counted = [recipe.counted_target()] if recipe.budget.size is not None else []
+    budget = recipe.budget
     allocate_table(
         layers,
         recipe.formats,
         np.zeros((len(layers), len(recipe.formats))),
-        budgets=recipe.budget.limits(),
+        budgets=budget.limits(),
         runtime=recipe.runtime,
         size_tables=size_tables(counted, layers, recipe.formats, facts),
         size_target=counted[0] if counted else None,
+        costs=latency_costs(budget.limits(), budget.latency_table(), layers, recipe.formats),
     )
 
 
-def _without_pairs(recipe: Recipe, text: Sequences, model: LoadedModel) -> list[HawqkitError]:
+def _without_pairs(recipe: Recipe, text: Data, model: LoadedModel) -> list[HawqkitError]:
     """Return the problem of a confidence where no two sequences are measured side by side.
 
     The participation ratio that it needs comes from pairs of sequences of one micro-batch.
@@ -175,7 +282,7 @@ def _without_pairs(recipe: Recipe, text: Sequences, model: LoadedModel) -> list[
     limit = recipe.budget.kl_limit()
     if limit is None or limit.quantile == 0:
         return []
-    size = micro_batch_size(recipe.sensitivity.batch, text.facts.length, model.device.type)
+    size = micro_batch_size(recipe.sensitivity.batch, text.facts, model.device.type)
     if size > 1:
         return []
     return [
@@ -187,8 +294,21 @@ def _without_pairs(recipe: Recipe, text: Sequences, model: LoadedModel) -> list[
     ]
 
 
-def load_text(section: TextSection, model: LoadedModel, withheld: int = 0) -> Sequences:
-    """Load one text of a recipe."""
+def load_text(section: TextSection, model: LoadedModel, withheld: int = 0) -> Data:
+    """Load the text, or the labelled examples, that one section of a recipe names."""
+    if model.task in CLASSIFIERS:
+        return load_examples(
+            section.source,
+            model,
+            split=section.split,
+            examples=section.examples,
+            seed=section.seed,
+            withheld=withheld,
+            config=section.config,
+            column=section.column,
+            labels=section.labels,
+            length=section.length,
+        )
     return load_batches(
         section.source,
         model,
@@ -206,14 +326,14 @@ def load_text(section: TextSection, model: LoadedModel, withheld: int = 0) -> Se
 
 def load_spectrum_text(
     calibration: CalibrationSection, section: SpectrumSection, model: LoadedModel
-) -> Sequences:
-    """Load the few sequences of calibration text that a spectrum is measured on.
+) -> Data:
+    """Load the few sequences or examples of calibration that a spectrum is measured on.
 
     Raises:
-        InputError: there is too little text, or the section's patterns match no layer.
+        InputError: there is too little of it, or the section's patterns match no layer.
     """
     resolve_layers(model, section.layers)
-    few = {"sequences": section.sequences, "length": section.length}
+    few = {"sequences": section.sequences, "examples": section.sequences, "length": section.length}
     return load_text(calibration.model_copy(update=few), model)
 
 
@@ -248,6 +368,21 @@ def probe_settings(recipe: Recipe) -> ProbeSettings:
         seed=s.seed,
         misfits=recipe.layers.misfits,
     )
+
+
+def describe_data(facts: DataFacts) -> str:
+    """Return how much data there is, in the words of its kind.
+
+    >>> describe_data(DataFacts("d", "", 768, 1, 768, 768, 768, 0, "images", 10))
+    '768 images of 10 classes'
+    """
+    if not facts.classes:
+        return (
+            f"{facts.sequences} sequences of up to {facts.length} tokens from {facts.documents} "
+            "documents"
+        )
+    what = {"images": "images", "labelled text": f"texts of up to {facts.length} tokens"}
+    return f"{facts.sequences} {what.get(facts.kind, 'examples')} of {facts.classes} classes"
 
 
 def describe_processes() -> str:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from hawqkit.allocation import (
     Allocated,
+    CostTable,
     SizeTable,
     Smallest,
     Solution,
     make_problem,
+    mix_totals,
     solve_smallest,
     stored_resource,
-    totals,
 )
 from hawqkit.records import Floats, KlBudget, Sensitivities
 from hawqkit.sensitivity.confidence import Forecast, KlLimit, make_forecast
@@ -29,6 +30,8 @@ def find_smallest(
     runtime: str,
     size_tables: Sequence[SizeTable] = (),
     size_target: str | None = None,
+    groups: Mapping[str, str] | None = None,
+    costs: Sequence[CostTable] = (),
 ) -> tuple[Allocated, KlBudget]:
     """Return the smallest mix that keeps the limit, with every other budget, and the record of it.
 
@@ -46,6 +49,8 @@ def find_smallest(
         runtime: profile of layers that share a format.
         size_tables: targets whose bytes are counted.
         size_target: the one that `size` limits.
+        groups: layer name -> key; layers with the same key share a format.
+        costs: tables of other budgets.
 
     Raises:
         BudgetError: no mix keeps the limit; says the least KL there is, and what contradicts it.
@@ -59,6 +64,8 @@ def find_smallest(
         runtime=runtime,
         size_tables=size_tables,
         size_target=size_target,
+        groups=groups,
+        costs=costs,
     )
     counted = next((t for t in size_tables if size_target in (None, t.target)), None)
     forecast = make_forecast(sensitivities, name)
@@ -69,7 +76,7 @@ def find_smallest(
     resource = stored_resource(problem, counted)
     found = solve_smallest(problem, resource, upper, limit.value, asked=str(limit))
     mix = problem.mix(found.solution.choice)
-    sizes = totals(problem.layers, mix, size_tables)
+    sizes = mix_totals(problem, found.solution.choice, size_tables)
     what = "stored bits" if counted is None else f"bytes of {counted.target}"
     kept = _record(limit, forecast, mix, found, what)
     return Allocated(mix, found.solution, sizes, found.problem), kept

@@ -40,7 +40,7 @@ def track(items: Iterable[Any], stage: str, total: int) -> Iterable[Any]:
 
 def speaker() -> Console:
     """Return a console that writes to standard output in the main process only."""
-    return Console(quiet=not is_main(), highlight=False, soft_wrap=True)
+    return Console(quiet=not is_main(), highlight=False, soft_wrap=True, emoji=False)
 
 
 class _AboveBar(logging.Handler):

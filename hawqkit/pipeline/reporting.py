@@ -78,8 +78,15 @@ def print_end(folder: RunFolder, console: Console) -> None:
     console.print(
         f"  hawqkit allocate {folder.path} --budget average_bits=4.5 -o allocation-4.5.json"
     )
-    if folder.export("compressed-tensors").is_dir():
-        checkpoint = folder.export("compressed-tensors")
+    checkpoint = folder.export("compressed-tensors")
+    if _classifies(folder):  # the example continues a text, and not every target holds convolutions
+        console.print("  hawqkit targets")
+    elif checkpoint.is_dir():
         console.print(f"  python examples/load_export.py {checkpoint}")
     else:
         console.print(f"  hawqkit export {folder.path} --target compressed-tensors")
+
+
+def _classifies(folder: RunFolder) -> bool:
+    validation = folder.read_validation()
+    return validation is not None and bool(validation.classification)

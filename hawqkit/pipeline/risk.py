@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hawqkit.allocation import Allocated, SizeTable, solve, totals, with_scores
+from hawqkit.allocation import Allocated, SizeTable, mix_totals, solve, with_scores
 from hawqkit.errors import InputError
 from hawqkit.records import Floats, Mix, OtherRisk, Sensitivities, to_array
 from hawqkit.sensitivity.curvature_scores import TOP_EIGENVALUE, deviation_of
@@ -53,19 +53,20 @@ def compare_risk(
         return None
     choice = solve(with_scores(found.problem, table)).choice
     layers = found.problem.mix(choice)
-    sizes = totals(found.problem.layers, layers, size_tables)
+    sizes = mix_totals(found.problem, choice, size_tables)
     about = f"The exact allocation at risk {other:g} within the same budgets."
     mix = Mix(f"risk {other:g}", about, layers, sizes, found.problem.objective(choice))
     relative = _relative(sensitivities, name, unit, found.layers)
-    return OtherRisk(other, _deviation(name), mix, relative)
+    what = "examples" if sensitivities.data.classes else "text"
+    return OtherRisk(other, _deviation(name, what), mix, relative)
 
 
-def _deviation(name: str) -> str:
+def _deviation(name: str, what: str) -> str:
     """Say what one unit of risk adds to a score."""
     if name in ISOTROPIC:
         return "the standard deviation under random rounding, sqrt(2 / participation ratio)"
     if name == TOP_EIGENVALUE:
-        return "the standard deviation over shards of the text"
+        return f"the standard deviation over shards of the {what}"
     return "the standard error of the score"
 
 

@@ -11,20 +11,30 @@ from hawqkit import distributed
 from hawqkit.costs import Meter
 from hawqkit.errors import StateMismatch
 from hawqkit.journal import locked
+from hawqkit.pipeline.activations import find_ranges
 from hawqkit.pipeline.choosing import choose, recipe_choice
-from hawqkit.pipeline.costing import Estimate, Ledger, estimate
+from hawqkit.pipeline.costing import Estimate, Ledger, choosing_tokens, estimate
 from hawqkit.pipeline.exporting import refuse_other_model
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.pipeline.hessian_scores import add_curvature, open_curvature
-from hawqkit.pipeline.inputs import Inputs, describe_processes, load_inputs, probe_settings, settle
+from hawqkit.pipeline.inputs import (
+    Inputs,
+    describe_data,
+    describe_processes,
+    load_inputs,
+    probe_settings,
+    settle,
+)
 from hawqkit.pipeline.progress import speaker, track
 from hawqkit.pipeline.reporting import print_end, report_run
 from hawqkit.pipeline.spectral import measure
+from hawqkit.pipeline.tuning import load_tuning_data, open_tuned, tune_stage
 from hawqkit.recipe import Recipe
 from hawqkit.records import Allocation, Cost, Sensitivities, Validation
-from hawqkit.sensitivity.probing import Prober
+from hawqkit.sensitivity.probing import MOST_EXAMPLES, Prober
 from hawqkit.store import fingerprint, to_plain, write_record, write_text_atomic
 from hawqkit.targets import find_target
+from hawqkit.tuning.outcome import Tuned
 from hawqkit.validation.validating import validate_mixes
 
 VALIDATION_TOKENS = 1024  # of a forward pass, so that logits stay small
@@ -54,7 +64,8 @@ def validate_run(folder: str | Path) -> Validation:
         allocation = run_folder.read_allocation()
         inputs = load_inputs(recipe)
         refuse_other_model(allocation, inputs.model.facts)
-        return _validate(run_folder, inputs, allocation)
+        tuned = open_tuned(run_folder, inputs.model, allocation)
+        return _validate(run_folder, inputs, allocation, tuned)
 
 
 @dataclass(slots=True)
@@ -76,6 +87,7 @@ def _run(recipe: Recipe, path: Path, *, only_probe: bool) -> None:
     main = distributed.processes().is_main
     with Meter() as load:
         inputs = load_inputs(recipe)
+        training = load_tuning_data(recipe, inputs.model) if recipe.tune is not None else None
     console.print(_describe(inputs))
     # Nothing is written before everything above has been found sound.
     lock = locked(path) if main else None
@@ -92,8 +104,11 @@ def _run(recipe: Recipe, path: Path, *, only_probe: bool) -> None:
             if recipe.spectrum is not None and inputs.spectrum is not None:
                 text = inputs.spectrum
                 measure(folder, recipe.spectrum, inputs.model, text, stage.ledger, console)
+            allocation = distributed.gather(_choose(stage, sensitivities) if main else None)[0]
+            if training is not None:
+                tune_stage(recipe, folder, inputs, training, allocation, stage.ledger, console)
             if main:
-                _choose_and_prove(stage, sensitivities)
+                _prove(stage, allocation)
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)
@@ -113,12 +128,14 @@ def _ledger(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> Ledger:
 def _probe(stage: _Stage) -> Sensitivities:
     """Probe, or take what is there, and add the scores of the true Hessian that are asked for."""
     inputs, folder = stage.inputs, stage.folder
+    ranges, calibrated = find_ranges(stage.recipe, inputs, folder)
     prober = Prober(
         inputs.model,
         inputs.calibration,
         stage.recipe.formats,
         probe_settings(stage.recipe),
         folder.journal,
+        ranges,
     )
     # Not before the journals have been found to be of this model, text and seed: a folder that is
     # refused stays as it was.
@@ -127,11 +144,21 @@ def _probe(stage: _Stage) -> Sensitivities:
     )
     load = stage.load
     stage.ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
+    if calibrated is not None:
+        stage.ledger.note("activations", calibrated)
+        if distributed.processes().is_main:
+            write_record(folder.activations, ranges)
     finished = _finished(folder, prober.fingerprint)
     if finished is not None:
         stage.console.print("probe: taken from the run folder, nothing has changed")
-    found = finished if finished is not None else _measured(stage, prober)
+    found = _measured(stage, prober) if finished is None else _counted(finished, prober)
     return add_curvature(found, curvature, str(inputs.model.device), stage.ledger, stage.console)
+
+
+def _counted(finished: Sensitivities, prober: Prober) -> Sensitivities:
+    """Return a finished table with operations, which a budget may have asked for only now."""
+    counted = any(layer.macs for layer in prober.layers)
+    return replace(finished, layers=prober.layers) if counted else finished
 
 
 def _measured(stage: _Stage, prober: Prober) -> Sensitivities:
@@ -178,6 +205,7 @@ def _predict(stage: _Stage, rounding: Meter, batch: Meter, prober: Prober) -> Es
         batch_tokens=prober.size * stage.inputs.calibration.facts.length,
         validation_tokens=sum(t.facts.tokens for t in texts),
         mixes=1 + len(stage.recipe.validation.baselines),
+        calibration_tokens=choosing_tokens(stage.inputs.calibration),
     )
     stage.console.print(
         f"predicted from the first micro-batch: {predicted.total_seconds:.0f} s in all, "
@@ -196,24 +224,34 @@ def _finished(folder: RunFolder, wanted: str) -> Sensitivities | None:
     return found if found.fingerprint == wanted else None
 
 
-def _choose_and_prove(stage: _Stage, sensitivities: Sensitivities) -> None:
-    folder, ledger = stage.folder, stage.ledger
+def _choose(stage: _Stage, sensitivities: Sensitivities) -> Allocation:
+    folder = stage.folder
     with Meter() as meter:
         stage.console.print("allocate: solving exactly, then resampling for stability")
         allocation, frontier = choose(sensitivities, recipe_choice(folder))
     write_record(folder.allocation, allocation)
     write_record(folder.frontier, frontier)
-    ledger.note("allocate", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
-    with Meter(str(stage.inputs.model.device)) as meter:
-        fresh = _validation_needed(folder, stage.inputs, allocation)
+    stage.ledger.note("allocate", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
+    return allocation
+
+
+def _prove(stage: _Stage, allocation: Allocation) -> None:
+    """Validate, export and report, with the tuned weights if there are any."""
+    folder, ledger, model = stage.folder, stage.ledger, stage.inputs.model
+    tuned = open_tuned(folder, model, allocation)
+    with Meter(str(model.device)) as meter:
+        fresh = _validation_needed(folder, stage.inputs, allocation, tuned)
         if fresh:
-            _validate(folder, stage.inputs, allocation)
+            _validate(folder, stage.inputs, allocation, tuned)
     if fresh:
         expected = stage.predicted.seconds["validate"] if stage.predicted else None
         ledger.note("validate", Cost(meter.seconds, 0.0, meter.peak_bytes, expected))
     with Meter() as meter:
+        chosen = tuned.allocation if tuned is not None and tuned.allocation else allocation
         for target in stage.recipe.export:
-            find_target(target).write(allocation, folder.export(target), stage.inputs.model)
+            find_target(target).write(
+                chosen, folder.export(target), tuned.model if tuned else model
+            )
     ledger.note("export", Cost(meter.seconds, peak_memory_bytes=meter.peak_bytes))
     with Meter() as meter:
         report_run(folder.path)
@@ -222,27 +260,41 @@ def _choose_and_prove(stage: _Stage, sensitivities: Sensitivities) -> None:
     print_end(folder, stage.console)
 
 
-def _validate(folder: RunFolder, inputs: Inputs, allocation: Allocation) -> Validation:
+def _validate(
+    folder: RunFolder, inputs: Inputs, allocation: Allocation, tuned: Tuned | None
+) -> Validation:
     batch = max(1, VALIDATION_TOKENS // max(t.facts.length for t in inputs.texts.values()))
-    result = validate_mixes(inputs.model, allocation, inputs.texts, track=track, batch=batch)
-    result = replace(result, allocation=_state(inputs, allocation))
+    if any(t.facts.classes for t in inputs.texts.values()):  # an image is more than its one token
+        batch = min(batch, MOST_EXAMPLES)
+    result = validate_mixes(
+        inputs.model,
+        allocation,
+        inputs.texts,
+        track=track,
+        batch=batch,
+        calibration=inputs.calibration if inputs.calibration.facts.classes else None,
+        tuned=tuned.variant() if tuned is not None else None,
+    )
+    result = replace(result, allocation=_state(inputs, allocation, tuned))
     write_record(folder.validation, result)
     return result
 
 
-def _validation_needed(folder: RunFolder, inputs: Inputs, allocation: Allocation) -> bool:
+def _validation_needed(
+    folder: RunFolder, inputs: Inputs, allocation: Allocation, tuned: Tuned | None
+) -> bool:
     try:
         before = folder.read_validation()
     except StateMismatch:
         return True
-    return before is None or before.allocation != _state(inputs, allocation)
+    return before is None or before.allocation != _state(inputs, allocation, tuned)
 
 
-def _state(inputs: Inputs, allocation: Allocation) -> str:
+def _state(inputs: Inputs, allocation: Allocation, tuned: Tuned | None) -> str:
     """Return a hash of everything that a validation depends on."""
     texts = {name: text.facts.hash for name, text in inputs.texts.items()}
-    plain = to_plain(allocation)
-    return fingerprint({"allocation": plain, "texts": texts, "model": inputs.model.facts.hash})
+    facts = {"allocation": to_plain(allocation), "texts": texts, "model": inputs.model.facts.hash}
+    return fingerprint(facts if tuned is None else {**facts, "tuned": tuned.record.tuned})
 
 
 def _describe(inputs: Inputs) -> str:
@@ -252,6 +304,6 @@ def _describe(inputs: Inputs) -> str:
         f"model: {facts.source}: {facts.architecture}, {facts.parameters / 1e6:.1f} M parameters, "
         f"stored as {facts.dtype}; {len(inputs.model.layers)} layers with {entries / 1e6:.1f} M "
         f"weights to choose for, {len(inputs.model.skipped)} left alone\n"
-        f"text: {data.source}: {data.sequences} sequences of up to {data.length} tokens from "
-        f"{data.documents} documents, {int(inputs.calibration.withheld.sum())} of them withheld"
+        f"{data.kind}: {data.source}: {describe_data(data)}, "
+        f"{int(inputs.calibration.withheld.sum())} of them withheld"
     )

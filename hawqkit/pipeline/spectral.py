@@ -11,11 +11,12 @@ from hawqkit import distributed
 from hawqkit.costs import Meter
 from hawqkit.errors import InputError, StateMismatch
 from hawqkit.journal import locked
-from hawqkit.models import LoadedModel, Sequences
+from hawqkit.models import Data, LoadedModel
 from hawqkit.pipeline.costing import Ledger
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.pipeline.inputs import (
     describe_processes,
+    fold_as_asked,
     load_recipe_model,
     load_spectrum_text,
     settle,
@@ -49,6 +50,7 @@ def run_spectrum(recipe: Recipe, folder: str | Path) -> None:
     with Meter() as load:
         model = load_recipe_model(recipe)
         text = load_spectrum_text(recipe.calibration, section, model)
+        model = fold_as_asked(recipe, model, text)
     main = distributed.processes().is_main
     run = RunFolder(Path(folder))
     lock = locked(run.path) if main else None
@@ -73,7 +75,7 @@ def measure(
     run: RunFolder,
     section: SpectrumSection,
     model: LoadedModel,
-    text: Sequences,
+    text: Data,
     ledger: Ledger,
     console: Console,
 ) -> Spectrum | None:
@@ -102,9 +104,7 @@ def measure(
     return found
 
 
-def _foretell(
-    section: SpectrumSection, model: LoadedModel, text: Sequences, console: Console
-) -> None:
+def _foretell(section: SpectrumSection, model: LoadedModel, text: Data, console: Console) -> None:
     """Say before the first block what all of them will take; every process must come here."""
     seconds = rehearse_spectrum(model, text, settings_of(section))
     if seconds >= LONG:

@@ -14,7 +14,8 @@ from hawqkit.sensitivity.confidence import KlLimit
 from hawqkit.targets import find_target
 
 if TYPE_CHECKING:
-    from hawqkit.models import LoadedModel, Sequences
+    from hawqkit.models import Data, LoadedModel
+    from hawqkit.tuning.outcome import Tuned
 
 
 def allocate(
@@ -27,6 +28,8 @@ def allocate(
     draws: int = 32,
     size_target: str | None = None,
     max_predicted_kl: float | Mapping[str, float] | None = None,
+    latency_table: str | Path | None = None,
+    groups: Mapping[str, str] | None = None,
     **budgets: float,
 ) -> Allocation:
     """Choose the format of every layer: minimize the summed score within all budgets, exactly.
@@ -51,11 +54,16 @@ def allocate(
             `max_predicted_kl` makes small (by default no target's: the stored bits of the layers).
         max_predicted_kl: nats; or `{"value": 0.05, "confidence": 0.9}`, by default 0.5, which
             limits the prediction itself.
-        **budgets: `average_bits`, `bits_per_weight`, `size` (bytes); several hold together.
+        latency_table: CSV file with the columns `layer` or `shape`, `format`, `milliseconds`, which
+            `latency_ms` needs.
+        groups: layer name -> key; layers with the same key share a format, whatever the runtime.
+        **budgets: `average_bits`, `bits_per_weight`, `size` (bytes), `bops` (multiply-accumulates x
+            weight bits x activation bits, for one example), `latency_ms`; several hold together.
 
     Raises:
         BudgetError: nothing fits; the message says what can be had.
-        InputError: a name is unknown.
+        InputError: a name is unknown, or the latency table lacks rows; lists all of them.
+        Unsupported: `bops` is limited, and operations were not counted.
     """
     unknown = [name for name in budgets if name not in BUDGETS]
     if unknown:
@@ -75,6 +83,8 @@ def allocate(
         size_target=size_target,
         baselines=baselines,
         draws=draws,
+        latency_table=latency_table,
+        groups=groups or {},
     )
     return choose(sensitivities, settings)[0]
 
@@ -94,21 +104,40 @@ def _kl_limit(given: float | Mapping[str, float] | None) -> KlLimit | None:
 
 
 def validate(
-    model: LoadedModel, allocation: Allocation, held_out: Sequences, **other_texts: Sequences
+    model: LoadedModel,
+    allocation: Allocation,
+    held_out: Data,
+    *,
+    calibration: Data | None = None,
+    tuned: Tuned | None = None,
+    **other_texts: Data,
 ) -> Validation:
-    """Measure an allocation and its baselines on text that the choice never saw.
+    """Measure an allocation and its baselines on text or examples that the choice never saw.
 
     Args:
         model: the original; it comes back bit for bit.
         allocation: from `allocate`.
-        held_out: text of the calibration's source.
-        **other_texts: further texts; the shift is reported apart.
+        held_out: text or labelled examples of the calibration's source.
+        calibration: the labelled examples that chose; with them the record also holds the loss
+            there, which shows how far the held-out data have shifted.
+        tuned: the allocation after `tune`, measured as one more mix.
+        **other_texts: further texts or examples; the shift is reported apart.
+
+    Raises:
+        InputError: `calibration` has no labels.
     """
     from hawqkit.sensitivity.probing import untracked
     from hawqkit.validation.validating import validate_mixes
 
     texts = {"held-out": held_out, **other_texts}
-    return validate_mixes(model, allocation, texts, track=untracked)
+    return validate_mixes(
+        model,
+        allocation,
+        texts,
+        track=untracked,
+        calibration=calibration,
+        tuned=tuned.variant() if tuned is not None else None,
+    )
 
 
 def export(
@@ -118,15 +147,17 @@ def export(
     *,
     model: LoadedModel | None = None,
     sensitivities: Sensitivities | None = None,
+    examples: Data | None = None,
 ) -> list[Path]:
     """Write an allocation for a quantizer or runtime.
 
     Args:
         allocation: from `allocate`.
-        target: `compressed-tensors`, `bits`; `hawqkit targets` lists them.
+        target: `compressed-tensors`, `bits`, `onnx`; `hawqkit targets` lists them.
         folder: is made, or replaced if it is an earlier export.
         model: the original; needed by targets that write weights.
         sensitivities: what the allocation was chosen from; enough for `bits`, and needs no torch.
+        examples: what the model is run on; needed by `onnx` where `measure_graph` was not called.
 
     Raises:
         InputError: neither model nor sensitivities are given.
@@ -134,6 +165,10 @@ def export(
     """
     module = find_target(target)
     if model is not None:
+        if examples is not None:
+            from hawqkit.models.signature import with_inputs
+
+            model = with_inputs(model, examples)
         return list(module.write(allocation, Path(folder), model))
     if sensitivities is None:
         raise InputError(

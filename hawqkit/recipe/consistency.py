@@ -7,14 +7,17 @@ from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
 
 from hawqkit.errors import did_you_mean
-from hawqkit.formats import SCALE_BITS, parse_format
+from hawqkit.formats import SCALE_BITS, parse_format, with_activations
+from hawqkit.recipe.data_sections import CLASSIFIERS, IMAGES, TextSection, foreign_keys
 from hawqkit.recipe.document import Path
+from hawqkit.recipe.tuning_section import foreign_tune_keys
+from hawqkit.recipe.values import BUILTIN
+from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 from hawqkit.sensitivity.scores import resolve_score
 
 if TYPE_CHECKING:
-    from hawqkit.recipe.schema import BudgetSection, TextSection
+    from hawqkit.recipe.schema import BudgetSection
 
-BUILTIN = "builtin"
 NEEDS_POSITIONS = ("token", "token-summed", "shrunk")  # scores made from sampled positions
 BUILTIN_SPLITS = ("calibration", "held-out")
 
@@ -28,10 +31,16 @@ def contradictions(parts: Mapping[str, Any]) -> list[Problem]:
     Args:
         parts: field -> its value, or None where the value itself is wrong already.
     """
-    found = _text_problems(parts)
+    found = _text_problems(parts) + _task_problems(parts)
     budget, formats = parts.get("budget"), parts.get("formats")
     if budget is not None and formats is not None:
         found += _impossible(budget, formats)
+    if budget is not None and budget.latency is not None and budget.latency.table is None:
+        message = (
+            "names no table of what each layer takes; write latency: {limit: 3.1ms, table: "
+            "latency.csv}."
+        )
+        found.append((("budget", "latency"), message))
     counts = budget is None or budget.size is not None or budget.max_predicted_kl is not None
     if not counts and parts.get("size_target") is not None:
         message = (
@@ -45,7 +54,30 @@ def contradictions(parts: Mapping[str, Any]) -> list[Problem]:
         if score in NEEDS_POSITIONS:
             message = f"the score {score} is made from sampled positions; ask for at least 1."
             found.append((("sensitivity", "positions"), message))
-    return found + _curvature_problems(parts)
+    return found + _activation_problems(parts) + _curvature_problems(parts)
+
+
+def _activation_problems(parts: Mapping[str, Any]) -> list[Problem]:
+    """Return what was said of the inputs of layers, or is not known of them."""
+    formats = parts.get("formats")
+    if formats is None:
+        return []
+    rounding = with_activations(formats)
+    if not rounding and parts.get("activations") is not None:
+        message = (
+            f"none of the formats {', '.join(formats)} rounds the inputs of layers; use formats "
+            "like w4a8 or int4-g64-a8, or leave this out."
+        )
+        return [(("activations",), message)]
+    sensitivity = parts.get("sensitivity")
+    if rounding and sensitivity is not None and sensitivity.score in CURVATURE_SCORES:
+        message = (
+            f"{sensitivity.score} knows the errors of weights alone, and {rounding[0]} rounds the "
+            "inputs of layers too; use another score, such as token or trace, and name this one in "
+            "sensitivity.also."
+        )
+        return [(("sensitivity", "score"), message)]
+    return []
 
 
 def _curvature_problems(parts: Mapping[str, Any]) -> list[Problem]:
@@ -53,27 +85,80 @@ def _curvature_problems(parts: Mapping[str, Any]) -> list[Problem]:
     sensitivity, calibration = parts.get("sensitivity"), parts.get("calibration")
     if sensitivity is None or calibration is None or not sensitivity.curvature_scores():
         return []
-    wanted = sensitivity.curvature.sequences
-    if wanted <= calibration.sequences:
+    wanted, task = sensitivity.curvature.sequences, _task(parts)
+    there, what = calibration.count(task), "examples" if task in CLASSIFIERS else "sequences"
+    if wanted <= there:
         return []
     message = (
         f"{', '.join(sensitivity.curvature_scores())} would be measured on {wanted} of the "
-        f"calibration's sequences, and it has {calibration.sequences} that choose; ask for fewer "
-        "here, or for more there."
+        f"calibration's {what}, and it has {there} that choose; ask for fewer here, or for more "
+        "there."
     )
     return [(("sensitivity", "curvature", "sequences"), message)]
 
 
-def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:
-    calibration = parts.get("calibration")
-    measured: dict[Path, TextSection | None] = {("held_out",): parts.get("held_out")}
-    measured |= {("other_texts", k): v for k, v in (parts.get("other_texts") or {}).items()}
+def _task(parts: Mapping[str, Any]) -> str:
+    model = parts.get("model")
+    return "causal-lm" if model is None else str(model.task)
+
+
+def _data_sections(parts: Mapping[str, Any]) -> dict[Path, TextSection]:
+    named: dict[Path, TextSection | None] = {
+        ("calibration",): parts.get("calibration"),
+        ("held_out",): parts.get("held_out"),
+    }
+    named |= {("other_texts", k): v for k, v in (parts.get("other_texts") or {}).items()}
+    return {path: section for path, section in named.items() if section is not None}
+
+
+def _task_problems(parts: Mapping[str, Any]) -> list[Problem]:
+    """Return what was said that means nothing for what the model predicts."""
+    if parts.get("model") is None:
+        return []
+    task, sections = _task(parts), _data_sections(parts)
     found: list[Problem] = []
-    for path, text in {("calibration",): calibration, **measured}.items():
-        if text is not None and text.source == BUILTIN:
+    for path, section in sections.items():
+        for key, reason in foreign_keys(task).items():
+            if key in section.model_fields_set:
+                found.append(((*path, key), reason))
+        if task in CLASSIFIERS and section.source == BUILTIN:
+            message = "the built-in text has no labels; name the data of this classifier."
+            found.append(((*path, "source"), message))
+    tune = parts.get("tune")
+    for key, reason in foreign_tune_keys(task).items():
+        if tune is not None and key in tune.model_fields_set:
+            found.append((("tune", key), reason))
+    if task not in CLASSIFIERS and parts["model"].fold_batch_norm:
+        message = f"there is no batch norm to fold where model.task is {task}; leave this out."
+        found.append((("model", "fold_batch_norm"), message))
+    return found + _lengths(parts, task)
+
+
+def _lengths(parts: Mapping[str, Any], task: str) -> list[Problem]:
+    """Return the lengths that would be ignored: examples are measured whole."""
+    sensitivity, spectrum = parts.get("sensitivity"), parts.get("spectrum")
+    reason = f"model.task is {task}, whose examples are measured whole; leave it out."
+    found: list[Problem] = []
+    curvature = None if sensitivity is None else sensitivity.curvature
+    if task in CLASSIFIERS and curvature is not None and "length" in curvature.model_fields_set:
+        found.append((("sensitivity", "curvature", "length"), reason))
+    if task == IMAGES and spectrum is not None and "length" in spectrum.model_fields_set:
+        found.append((("spectrum", "length"), reason))
+    return found
+
+
+def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:
+    calibration, sections = parts.get("calibration"), _data_sections(parts)
+    found: list[Problem] = []
+    if _task(parts) in CLASSIFIERS:
+        sections = {path: x for path, x in sections.items() if x.source != BUILTIN}
+    for path, text in sections.items():
+        if text.source == BUILTIN:
             found += [((*path, key), message) for key, message in _builtin_problems(text)]
-    for path, text in measured.items():
-        if text is not None and calibration is not None and _origin(text) == _origin(calibration):
+    for path, text in sections.items():
+        if path == ("calibration",) or calibration is None:
+            continue
+        if _origin(text) == _origin(calibration):
             message = (
                 f"{text.split!r} of {text.source!r} is the text of calibration too; validation "
                 "measures on text that the choice never saw: name another split or source."
@@ -83,7 +168,7 @@ def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:
 
 
 def _origin(text: TextSection) -> tuple[str | None, ...]:
-    if text.source.lower().endswith((".txt", ".jsonl", ".parquet")):
+    if text.source.lower().endswith((".txt", ".jsonl", ".parquet", ".csv", ".npz")):
         # A local file has no splits: both names mean all of it, however its path is written.
         return str(File(text.source).expanduser().resolve()), text.config, ""
     return text.source, text.config, text.split

@@ -45,13 +45,16 @@ def load_recipe(path: str | File, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_budget(assignments: Sequence[str]) -> BudgetSection:
-    """Read `average_bits=4.5`, `size=80MB` from a command line.
+    """Read `average_bits=4.5`, `size=80MB`, `latency=3.1ms` from a command line.
+
+    `latency_ms=3.1` is the same as the last, as records call it.
 
     Raises:
         RecipeError: unknown names, values that are no limits, no limit at all.
     """
     document = Document("--budget", {})
-    apply_overrides(document, assignments, option="--budget")
+    named = [re.sub(r"^\s*latency_ms\s*=", "latency=", text) for text in assignments]
+    apply_overrides(document, named, option="--budget")
     try:
         budget = BudgetSection.model_validate(document.data)
     except ValidationError as error:

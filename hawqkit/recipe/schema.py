@@ -7,24 +7,30 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     StrictBool,
     StrictInt,
-    StrictStr,
     model_validator,
 )
 
-from hawqkit.recipe.consistency import BUILTIN, contradictions
+from hawqkit.recipe.consistency import contradictions
+from hawqkit.recipe.data_sections import (
+    CalibrationSection,
+    HeldOutSection,
+    ModelSection,
+    Section,
+    drop_foreign_keys,
+    with_task_defaults,
+)
 from hawqkit.recipe.document import show_path, write_yaml
+from hawqkit.recipe.tuning_section import TuneSection, drop_foreign_tune_keys
 from hawqkit.recipe.values import (
     SIZED_TARGETS,
     CurvatureScoreName,
-    Device,
     FormatName,
     LayerChoice,
+    Milliseconds,
     NonEmpty,
     Number,
     Positive,
@@ -35,83 +41,14 @@ from hawqkit.recipe.values import (
     TargetName,
     TextName,
     distinct,
+    distinct_formats,
     distinct_numbers,
     parse_kl_limit,
+    parse_latency,
 )
+from hawqkit.records.activations import DYNAMIC
 from hawqkit.sensitivity.confidence import DEFAULT_CONFIDENCE, MAX_PREDICTED_KL, KlLimit
 from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
-
-
-class Section(BaseModel):
-    """A mapping of a recipe: unknown keys are refused, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSection(Section):
-    """The model that is measured."""
-
-    source: NonEmpty = Field(
-        description="a hub id, a local folder, a GGUF file, or package:NAME/FILE"
-    )
-    revision: StrictStr | None = Field(
-        default=None, description="branch, tag or commit of a hub id"
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="dtype to compute in; auto keeps the stored one"
-    )
-    device: Device = Field(default="auto", description="auto takes the accelerator if there is one")
-    trust_remote_code: StrictBool = Field(
-        default=False, description="whether code that comes with the model may run"
-    )
-    task: Literal["causal-lm"] = Field(default="causal-lm", description="what the model predicts")
-
-
-class TextSection(Section):
-    """A text, and how it is cut into sequences."""
-
-    source: NonEmpty = Field(
-        default=BUILTIN,
-        description="builtin, a .txt, .jsonl or .parquet file, or a data set's hub id",
-    )
-    split: NonEmpty = Field(
-        default="calibration", description="calibration or held-out for builtin"
-    )
-    config: StrictStr | None = Field(default=None, description="configuration of a data set")
-    column: StrictStr | None = Field(
-        default=None, description="column that holds the text or messages"
-    )
-    packing: Literal["packed", "padded"] = Field(
-        default="packed",
-        description="packed fills every sequence; padded keeps one document in each",
-    )
-    answers_only: StrictBool = Field(
-        default=False, description="count only the assistant's answers"
-    )
-    sequences: StrictInt = Field(
-        default=64, ge=2, description="number of sequences; errors need two"
-    )
-    length: StrictInt = Field(default=256, ge=2, description="tokens of a sequence")
-    seed: StrictInt = Field(default=0, ge=0, description="seed of the choice of windows")
-
-
-class CalibrationSection(TextSection):
-    """The text that measures sensitivities."""
-
-    withheld: StrictInt = Field(
-        default=32,
-        ge=0,
-        description="more sequences, which the choice never sees: they predict its loss",
-    )
-
-
-class HeldOutSection(TextSection):
-    """A text on which validation measures; the choice never sees it."""
-
-    split: NonEmpty = Field(default="held-out", description="calibration or held-out for builtin")
-    sequences: StrictInt = Field(
-        default=16, ge=2, description="number of sequences; errors need two"
-    )
 
 
 class LayersSection(Section):
@@ -190,6 +127,36 @@ class SensitivitySection(Section):
         return tuple(n for n in CURVATURE_SCORES if n == self.score or n in self.also)
 
 
+class ActivationsSection(Section):
+    """How the inputs of layers are quantized, where a format has bits for them."""
+
+    mode: Literal["static", "dynamic"] = Field(
+        default="static",
+        description="static: one range for all inputs of a layer; dynamic: one for each token",
+    )
+    observer: Literal["min-max", "percentile", "mse", "entropy"] = Field(
+        default="min-max", description="how a static range is found on the calibration data"
+    )
+    percentile: Annotated[float, Field(strict=True, gt=50, le=100)] | None = Field(
+        default=None,
+        description="of the entries, for observer: percentile; 99.9 where it is not said",
+    )
+    symmetric: StrictBool = Field(
+        default=False, description="ranges as wide below 0 as above, where inputs go below it"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        if self.mode == DYNAMIC and "observer" in self.model_fields_set:
+            raise ValueError(
+                "mode dynamic makes a range of each token itself, and an observer finds static "
+                "ones; leave the observer out, or use mode: static."
+            )
+        if self.percentile is not None and self.observer != "percentile":
+            raise ValueError("percentile is of observer: percentile; add that, or leave this out.")
+        return self
+
+
 class KlLimitSection(Section):
     """A limit on the predicted KL, and how sure it must hold."""
 
@@ -199,6 +166,15 @@ class KlLimitSection(Section):
         ge=0.5,
         lt=1,
         description="that the KL stays below; 0.5 limits the prediction itself",
+    )
+
+
+class LatencySection(Section):
+    """A limit on the time of a run, and the measured table that says what each layer takes."""
+
+    limit: Milliseconds = Field(description="3.1ms, 850us, or a number of milliseconds")
+    table: NonEmpty | None = Field(
+        default=None, description="CSV file with the columns layer or shape, format, milliseconds"
     )
 
 
@@ -213,6 +189,17 @@ class BudgetSection(Section):
     )
     size: Size | None = Field(
         default=None, description="bytes of the files: 80MB, 0.5GiB, or a number"
+    )
+    bops: Positive | None = Field(
+        default=None,
+        description="multiply-accumulates x weight bits x activation bits, of one example",
+    )
+    latency: Annotated[
+        LatencySection | None,
+        BeforeValidator(parse_latency, json_schema_input_type=float | str | LatencySection | None),
+    ] = Field(
+        default=None,
+        description="time of a run, as in latency: {limit: 3.1ms, table: latency.csv}",
     )
     max_predicted_kl: Annotated[
         KlLimitSection | None,
@@ -232,9 +219,18 @@ class BudgetSection(Section):
         return self
 
     def limits(self) -> dict[str, float]:
-        """Return the limits on what a mix takes that are set, by name; `size` in bytes."""
-        taken = self.model_dump(exclude={MAX_PREDICTED_KL})
+        """Return the limits on what a mix takes that are set, by name.
+
+        `size` is in bytes, and the limit of `latency` is called `latency_ms`.
+        """
+        taken = self.model_dump(exclude={MAX_PREDICTED_KL, "latency"})
+        if self.latency is not None:
+            taken["latency_ms"] = self.latency.limit
         return {k: v for k, v in taken.items() if v is not None}
+
+    def latency_table(self) -> str | None:
+        """Return the file that says how long each layer takes, if one is named."""
+        return None if self.latency is None else self.latency.table
 
     def kl_limit(self) -> KlLimit | None:
         """Return the limit on the predicted KL, if one is set."""
@@ -312,10 +308,14 @@ class Recipe(Section):
         description="further texts on which validation measures, the shift reported apart",
     )
     layers: LayersSection = LayersSection()
-    formats: Annotated[tuple[FormatName, ...], Field(min_length=1), AfterValidator(distinct)] = (
-        Field(description="formats to choose from, as in formats: [int3-g64, int4-g64, int8-g64]")
-    )
+    formats: Annotated[
+        tuple[FormatName, ...], Field(min_length=1), AfterValidator(distinct_formats)
+    ] = Field(description="formats to choose from, as in formats: [int3-g64, int4-g64, int8-g64]")
     sensitivity: SensitivitySection = SensitivitySection()
+    activations: ActivationsSection | None = Field(
+        default=None,
+        description="how inputs are quantized, for formats such as w4a8 or int4-g64-a8",
+    )
     rounding: Literal["searched", "nearest"] = Field(
         default="searched", description="searched takes the best of a few scales for each group"
     )
@@ -335,6 +335,14 @@ class Recipe(Section):
     spectrum: SpectrumSection | None = Field(
         default=None, description="measure the curvature's spectrum too; left out, it is not"
     )
+    tune: TuneSection | None = Field(
+        default=None, description="train the chosen mix; left out, a run does not"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_task(cls, data: Any) -> Any:
+        return with_task_defaults(data)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -353,6 +361,15 @@ class Recipe(Section):
         data = self.model_dump(mode="json", by_alias=True)
         if self.spectrum is None:
             del data["spectrum"]  # a stage that is not asked for, not a stage with defaults
+        if self.tune is None:
+            del data["tune"]
+        else:
+            drop_foreign_tune_keys(data["tune"], self.model.task)
+        if self.activations is None:
+            del data["activations"]  # refused where no format rounds inputs
+        elif self.activations.mode == DYNAMIC:
+            del data["activations"]["observer"]  # refused when it is read again
+        drop_foreign_keys(data, self.model.task)
         return write_yaml(data)
 
 

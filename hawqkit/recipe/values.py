@@ -10,18 +10,27 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, StrictStr, WithJsonSchema
 
 from hawqkit.errors import InputError
-from hawqkit.formats import format_names, parse_format
+from hawqkit.formats import (
+    NAME_PATTERN,
+    format_names,
+    pair_names,
+    parse_format,
+    same_formats,
+)
 from hawqkit.recipe.problems import unknown_name
 from hawqkit.runtimes import RUNTIMES
 from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 from hawqkit.sensitivity.scores import score_names
 from hawqkit.targets import TARGETS
 
+BUILTIN = "builtin"  # the source that ships with the package
 HELD_OUT = "held-out"  # the name of the held-out text among those that validation measures on
 # Targets that write weights; the others have no size worth a budget.
-SIZED_TARGETS = ("compressed-tensors",)
+SIZED_TARGETS = ("compressed-tensors", "onnx")
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_SECONDS = {"s": "1", "ms": "0.001", "us": "0.000001", "µs": "0.000001", "ns": "0.000000001"}
+_TIME = re.compile(r"\s*(\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+)\s*([A-Za-zµ]*)\s*")
 _NUMBER = r"\s*(\d+\.?\d*(?:[eE]-?\d+)?|\.\d+)\s*"
 _KL_LIMIT = re.compile(f"{_NUMBER}(?:@{_NUMBER})?")
 _UNITS = {"B": 1, **{p + "B": 1000 ** (i + 1) for i, p in enumerate(("k", "M", "G", "T"))}}
@@ -51,6 +60,34 @@ def parse_bytes(size: int | str) -> int:
         hint = f" Did you mean '{number}{near[0]}'?" if near else ""
         raise ValueError(f"{size!r} has the unknown unit {unit!r}; {allowed}{hint}")
     return int(Decimal(number) * _UNITS[unit])
+
+
+def parse_milliseconds(time: float | str) -> float:
+    """Read a time: a number of milliseconds, or a number with a unit.
+
+    >>> parse_milliseconds("3.1ms"), parse_milliseconds("850us"), parse_milliseconds(3.1)
+    (3.1, 0.85, 3.1)
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(time, int | float) and not isinstance(time, bool):
+        return float(time)
+    allowed = "allowed: milliseconds, or a number and one of s, ms, us, ns, like 3.1ms."
+    match = _TIME.fullmatch(time) if isinstance(time, str) else None
+    if match is None or (match[2] and match[2] not in _SECONDS):
+        raise ValueError(f"{time!r} is not a time; {allowed}")
+    return float(Decimal(match[1]) * Decimal(_SECONDS[match[2] or "ms"]) * 1000)
+
+
+def parse_latency(limit: object) -> object:
+    """Read a limit on the latency: a time without a table, or the mapping as it is.
+
+    >>> parse_latency("3.1ms"), parse_latency({"limit": "3.1ms", "table": "t.csv"})
+    ({'limit': '3.1ms'}, {'limit': '3.1ms', 'table': 't.csv'})
+    """
+    plain = isinstance(limit, int | float | str) and not isinstance(limit, bool)
+    return {"limit": limit} if plain else limit
 
 
 def parse_kl_limit(limit: object) -> Mapping[str, object] | None:
@@ -105,6 +142,14 @@ def distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def distinct_formats(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse a list that names a format twice, also by its other name."""
+    pairs = same_formats(distinct(names))
+    if pairs:
+        raise ValueError(f"{' and '.join(pairs[0])} are one format; name it once.")
+    return names
+
+
 def distinct_numbers(numbers: tuple[float, ...]) -> tuple[float, ...]:
     """Refuse a list that holds a number twice, and return it with the largest first."""
     if len(set(numbers)) < len(numbers):
@@ -152,13 +197,23 @@ NonEmpty = Annotated[StrictStr, Field(min_length=1)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
 Size = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)]
+Milliseconds = Annotated[
+    float,
+    Field(gt=0, allow_inf_nan=False),
+    BeforeValidator(parse_milliseconds, json_schema_input_type=float | str),
+]
 Device = Annotated[StrictStr, AfterValidator(_device)]
 TextName = Annotated[str, AfterValidator(_text_name)]
 LayerChoice = Annotated[
     Annotated[StrictStr, Field(pattern=f"^({_LAYER_WORDS})$")] | tuple[NonEmpty, ...],
     BeforeValidator(_layer_choice),
 ]
-FormatName = Annotated[StrictStr, AfterValidator(_format), _enum(format_names())]
+# Editors complete the listed names; of the many with bits for the inputs, the shorter ones.
+_FORMATS = {
+    "type": "string",
+    "anyOf": [{"enum": [*format_names(), *pair_names()]}, {"pattern": NAME_PATTERN}],
+}
+FormatName = Annotated[StrictStr, AfterValidator(_format), WithJsonSchema(_FORMATS)]
 ScoreName = Annotated[StrictStr, AfterValidator(_one_of("score", _SCORES)), _enum(_SCORES)]
 CurvatureScoreName = Annotated[
     StrictStr,

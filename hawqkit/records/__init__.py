@@ -1,5 +1,13 @@
 """Frozen records of plain numbers that the stages hand to each other; no torch in them."""
 
+from hawqkit.records.activations import ActivationRanges, Grid, LayerRange, make_grid
+from hawqkit.records.classified import (
+    Classification,
+    Classified,
+    Confusion,
+    Flip,
+    make_confusion,
+)
 from hawqkit.records.decided import (
     Allocation,
     Certificate,
@@ -18,9 +26,9 @@ from hawqkit.records.decided import (
 )
 from hawqkit.records.density import Density
 from hawqkit.records.landscape import Landscape, LandscapeAxis
+from hawqkit.records.latency import LatencyTable, LayerTime
 from hawqkit.records.measured import (
     DTYPE_BITS,
-    SCHEMA,
     Curvature,
     DataFacts,
     Floats,
@@ -38,6 +46,7 @@ from hawqkit.records.measured import (
     to_numbers,
     to_table,
 )
+from hawqkit.records.schema import SCHEMA
 from hawqkit.records.spectral import (
     Eigenvalues,
     Estimate,
@@ -48,28 +57,40 @@ from hawqkit.records.spectral import (
     mean_estimate,
 )
 from hawqkit.records.spectrum import WHOLE_NETWORK, BlockSpectrum, Spectrum
+from hawqkit.records.tabled import TableAllocation, Taken, Trade, TradePoint
+from hawqkit.records.tuned import LearnedScale, Tuning, TuningCurve
 
 __all__ = [
     "DTYPE_BITS",
     "SCHEMA",
     "WHOLE_NETWORK",
+    "ActivationRanges",
     "Allocation",
     "BlockSpectrum",
     "Certificate",
+    "Classification",
+    "Classified",
+    "Confusion",
     "Cost",
     "Curvature",
     "DataFacts",
     "Density",
     "Eigenvalues",
     "Estimate",
+    "Flip",
     "Floats",
     "Frontier",
     "FrontierPoint",
+    "Grid",
     "Integers",
     "KlBudget",
     "Landscape",
     "LandscapeAxis",
+    "LatencyTable",
     "Layer",
+    "LayerRange",
+    "LayerTime",
+    "LearnedScale",
     "Measured",
     "Mix",
     "ModelFacts",
@@ -86,11 +107,19 @@ __all__ = [
     "Skipped",
     "Spectrum",
     "Table",
+    "TableAllocation",
+    "Taken",
     "Tensor",
     "Totals",
+    "Trade",
+    "TradePoint",
+    "Tuning",
+    "TuningCurve",
     "ValidatedMix",
     "Validation",
     "exact_estimate",
+    "make_confusion",
+    "make_grid",
     "mean_estimate",
     "to_array",
     "to_numbers",

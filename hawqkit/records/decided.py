@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hawqkit.records.measured import SCHEMA, DataFacts
+from hawqkit.records.activations import ActivationRanges
+from hawqkit.records.classified import Classification
+from hawqkit.records.measured import DataFacts
+from hawqkit.records.schema import SCHEMA
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The three sizes of a mix, told apart.
+    """What a mix takes: its three sizes, told apart, and what it does with them.
 
     Attributes:
         average_bits: sum of numel * code bits / sum of numel, over the selected layers.
         bits_per_weight: the same with scales, zero points and padding.
         size: target -> bytes of all files which that target writes.
+        bops: bit operations for one example, None where operations were not counted.
+        latency_ms: milliseconds by the table of a latency budget, None without one.
     """
 
     average_bits: float
     bits_per_weight: float
     size: dict[str, int] = field(default_factory=dict)
+    bops: int | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +162,8 @@ class Allocation:
         sensitivities: fingerprint of the table that was solved.
         kl_budget: how `max_predicted_kl` was kept, None if it was not asked for.
         other_risk: the mix of another risk, None where a deviation that it needs is not known.
+        activations: ranges of the layers' inputs, None where no format rounds inputs; in memory
+            only, since they have a file of their own.
     """
 
     layers: dict[str, str]
@@ -175,6 +184,7 @@ class Allocation:
     kl_budget: KlBudget | None = None
     other_risk: OtherRisk | None = None
     schema: int = SCHEMA
+    activations: ActivationRanges | None = field(default=None, repr=False, metadata={"json": False})
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +250,9 @@ class Validation:
         texts: name -> facts of the text; `held-out` is of the calibration's source.
         original: text -> (loss, stderr) of the original model.
         mixes: the chosen mix first, then the baselines.
+        classification: text -> what a classifier does there; empty for a language model.
+        calibration: what the original and the chosen mix do with the examples that chose, without
+            confusion and flips; None where it was not measured.
     """
 
     texts: dict[str, DataFacts]
@@ -247,6 +260,8 @@ class Validation:
     mixes: tuple[ValidatedMix, ...]
     allocation: str = ""
     warnings: tuple[str, ...] = ()
+    classification: dict[str, Classification] = field(default_factory=dict)
+    calibration: Classification | None = None
     schema: int = SCHEMA
 
 

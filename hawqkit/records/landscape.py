@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from hawqkit.errors import InputError
-from hawqkit.records.measured import SCHEMA, Floats, Table, to_array
+from hawqkit.records.measured import Floats, Table, to_array
+from hawqkit.records.schema import SCHEMA
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hawqkit.records.activations import ActivationRanges
+from hawqkit.records.schema import SCHEMA
+
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Numbers = tuple[float | None, ...]
 Table = tuple[Numbers, ...]
-
-SCHEMA = 1
 
 
 def to_array(table: Table | Numbers) -> Floats:
@@ -191,6 +192,14 @@ class Samples:
         token_summed: (S, L, F) sum over t of (d_t . dW_f a_t)^2, scaled likewise.
         pairs: (P, 2) rows of two different sequences of one micro-batch.
         gram: (P, L) g_s . g_s' of those pairs.
+        input_squares: (S, L) |g_a|^2, g_a the gradient at a layer's input through that layer alone;
+            this and what follows is None where no format rounds inputs. Then `directional` is
+            g~ . dW_f + sum over t of g_at . da_ft with g~ the gradient at rounded inputs, which is
+            all that the layer's output changes by; and `token`, `token_summed` take the rounded
+            inputs a_t + da_ft.
+        input_count: (S, L) entries of the input.
+        input_error: (S, L, F) |da_f|^2, 0 where inputs stay as they are.
+        input_linear: (S, L, F) SIGNED sum over all t of g_at . da_ft.
     """
 
     index: Integers
@@ -204,6 +213,10 @@ class Samples:
     token_summed: Floats
     pairs: Integers
     gram: Floats
+    input_squares: Floats | None = None
+    input_count: Floats | None = None
+    input_error: Floats | None = None
+    input_linear: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +269,9 @@ class Sensitivities:
         fingerprint: hash over model, data, formats, rounding and seed.
         withheld: sequences that were kept from choosing.
         curvature: what the scores of the true Hessian are made from; None if it was not measured.
+        activations_fingerprint: of the ranges of the layers' inputs; empty where no format rounds
+            inputs.
+        activations: those ranges; in memory only, since they have a file of their own.
         samples: the `Samples` behind the tables; in memory only, since they have a file of their
             own (typed loosely, because arrays have no JSON schema).
     """
@@ -277,7 +293,9 @@ class Sensitivities:
     withheld: int = 0
     warnings: tuple[str, ...] = ()
     curvature: Curvature | None = None
+    activations_fingerprint: str = ""
     schema: int = SCHEMA
+    activations: ActivationRanges | None = field(default=None, repr=False, metadata={"json": False})
     samples: Any = field(default=None, repr=False, compare=False, metadata={"json": False})
 
     def __post_init__(self) -> None:

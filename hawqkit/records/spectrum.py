@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hawqkit.records.density import UNRESOLVED
-from hawqkit.records.measured import SCHEMA, DataFacts
+from hawqkit.records.measured import DataFacts
+from hawqkit.records.schema import SCHEMA
 from hawqkit.records.spectral import Eigenvalues, Estimate, PowerLaw, Ranks, RankStatistics
 
 WHOLE_NETWORK = "whole network"

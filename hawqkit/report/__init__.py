@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         result_tables,
         sensitivities_table,
     )
+    from hawqkit.report.tuning_tables import tuning_tables
 
 _HOME = {
     "render_report": "html",
@@ -32,6 +33,7 @@ _HOME = {
     "print_summary": "tables",
     "result_tables": "tables",
     "sensitivities_table": "tables",
+    "tuning_tables": "tuning_tables",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "result_tables",
     "sensitivities_table",
     "spectrum_tables",
+    "tuning_tables",
     "write_report",
     "write_spectrum_report",
 ]

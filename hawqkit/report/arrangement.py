@@ -73,12 +73,20 @@ def short_kinds(kinds: Sequence[str]) -> dict[str, str]:
 
     >>> short_kinds(["attn.c_attn", "attn.c_proj", "mlp.c_proj"])
     {'attn.c_attn': 'c_attn', 'attn.c_proj': 'attn.c_proj', 'mlp.c_proj': 'mlp.c_proj'}
+    >>> short_kinds(["conv1", "downsample.0"])
+    {'conv1': 'conv1', 'downsample.0': 'downsample.0'}
     """
-    leaves = [kind.rpartition(".")[2] for kind in kinds]
+    leaves = [_leaf(kind) for kind in kinds]
     return {
         kind: shorten(leaf if leaves.count(leaf) == 1 else kind, 24)
         for kind, leaf in zip(kinds, leaves, strict=True)
     }
+
+
+def _leaf(name: str) -> str:
+    """Return the last part of a name, with the part before it where it is a mere number."""
+    parts = name.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
 def _grid(layers: Sequence[Layer]) -> Arrangement | None:
@@ -99,7 +107,8 @@ def _grid(layers: Sequence[Layer]) -> Arrangement | None:
     rows = 0
     for index in outside if len(outside) <= MOST_KINDS // 2 else ():
         leaf = clean(layers[index].name.rpartition(".")[2])
-        strips.append(Strip(shorten(leaf, 24), (index, *[None] * (width - 1))))
+        apart = " (outside)" if leaf in names.values() else ""
+        strips.append(Strip(shorten(leaf, 24) + apart, (index, *[None] * (width - 1))))
         rows += 1
     if rows < len(outside):
         chunks = _chunks(outside, width)

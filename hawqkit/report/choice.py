@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hawqkit.records import Allocation, KlBudget, Prediction, Sensitivities
 from hawqkit.report.comparison import compare
+from hawqkit.report.nouns import TEXT, Nouns
 from hawqkit.report.wording import (
     clean,
     megabytes,
@@ -65,7 +66,7 @@ def spread_sentence(allocation: Allocation | None) -> str:
     )
 
 
-def budget_sentences(allocation: Allocation) -> tuple[str, ...]:
+def budget_sentences(allocation: Allocation, nouns: Nouns = TEXT) -> tuple[str, ...]:
     """Say what was asked for, and how a limit on the KL was kept."""
     kept = allocation.kl_budget
     asked = " and ".join(_asked(name, x, kept) for name, x in allocation.budgets.items())
@@ -73,7 +74,7 @@ def budget_sentences(allocation: Allocation) -> tuple[str, ...]:
         f"The budget was {asked}; layers share formats as the runtime "
         f"“{clean(allocation.runtime)}” needs it."
     )
-    return (first, *(_kept(kept) if kept is not None else ()))
+    return (first, *(_kept(kept, nouns) if kept is not None else ()))
 
 
 def risk_view(sensitivities: Sensitivities, allocation: Allocation | None) -> RiskView | None:
@@ -127,15 +128,19 @@ def _compared(now: Prediction | None, then: Prediction | None, name: str) -> str
 def _asked(name: str, limit: float, kept: KlBudget | None) -> str:
     if name == "size":
         return f"{megabytes(int(limit))} MB ({int(limit):,} bytes)"
+    if name == "bops":
+        return f"{limit:,.6g} bit operations for one example"
+    if name == "latency_ms":
+        return f"{limit:g} ms by the latency table"
     if name == "max_predicted_kl":
         sure = f" with confidence {kept.confidence:g}" if kept and kept.quantile else ""
         return f"a predicted KL of at most {significant(limit)} nats{sure}, in the smallest mix"
     return f"{significant(limit)} {clean(name).replace('_', ' ')}"
 
 
-def _kept(kept: KlBudget) -> list[str]:
+def _kept(kept: KlBudget, nouns: Nouns) -> list[str]:
     predicted = with_error(kept.kl, kept.kl_stderr)
-    source = f"from {plural(kept.sequences, 'sequence')}, {clean(kept.source)}"
+    source = f"from {nouns.count(kept.sequences)}, {nouns.name(kept.source)}"
     if kept.quantile:
         first = (
             f"The KL is predicted as {predicted} nats ({source}). With the spread of "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hawqkit.errors import StateMismatch, did_you_mean
 from hawqkit.formats import parse_format
@@ -165,4 +165,4 @@ def _sizes(totals: Totals, known: Row | None) -> Totals:
     """Return measured totals, with the target sizes of the allocation where they lack them."""
     if totals.size or known is None:
         return totals
-    return Totals(totals.average_bits, totals.bits_per_weight, known.totals.size)
+    return replace(totals, size=known.totals.size)

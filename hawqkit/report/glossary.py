@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hawqkit.report.nouns import TEXT, Nouns
+
 _TEXT = """
 KL divergence: How far the compressed model's predictions are from the original's. For every token
 of a text both models give a probability to each possible next token; the KL divergence of the
@@ -90,11 +92,73 @@ Gradient-equivalent: The cost of one plain forward and backward pass over one mi
 """
 
 
+# In place of the terms above where each example has one label; empty: the term does not occur.
+_OF_CLASSES = """
+KL divergence: How far the compressed model's predictions are from the original's. For each {one}
+both models give a probability to every class; the KL divergence of the two, averaged over {many},
+is 0 if they always agree and grows as they part. At 0.1 nats the probability of what the original
+expects has fallen by about 10 % (geometric mean).
+
+Size: Bytes of all files that an export target writes. MB are 10⁶ bytes.
+
+Standard error (±): How much a figure would scatter if the measurement were repeated on other {many}
+of the same kind. About two thirds of repetitions fall within one standard error, 95 % within two.
+
+Paired difference: The difference of two mixes, taken {one} by {one}. What is hard for both cancels,
+so it is known better than either of the two figures.
+
+Predicted KL: What {many} that took no part in choosing say about the chosen mix: the sum over
+layers of half the curvature along each layer's rounding error (second order).
+
+Confidence of a limit on the KL: How sure the KL divergence is to stay below the limit, over the
+luck of rounding (spread) and of the {many} that predict (standard error). At 0.5 the prediction
+itself is limited.
+
+Stability: The probe's {many} are resampled and the choice is made again, many times: in what share
+of these a layer keeps its format.
+
+Same top-1: Share of {many} whose most likely class stays the same.
+
+Perplexity:
+
+Calibration and held-out text: Calibration {many} are what sensitivities are measured on. Held-out
+{many} are never seen by the choice; only they can tell how good the choice is.
+"""
+
+_MORE_OF_CLASSES = """
+Accuracy: Share of {many} whose most likely class is the true one. Its error is the binomial's,
+√(a (1 − a) / n); the 95 % interval is Wilson's, which also holds near 0 % and 100 %.
+
+Flip: One of the {many} whose most likely class the compressed model changes. A flip may turn right
+into wrong, wrong into right, or one wrong class into another. Accuracy counts only the balance of
+the first two; flips count all of them.
+
+Confusion: How many {many} of each true class are taken for each class.
+
+Distribution shift: Held-out {many} may come from elsewhere than the calibration {many}, or be ones
+that the model has not learned by heart. The original's loss on both shows that, compression aside.
+"""
+
+
+def glossary(nouns: Nouns = TEXT) -> tuple[tuple[str, str], ...]:
+    """Return (term, words) for one kind of data.
+
+    >>> [term for term, _ in glossary() if "text" in term], len(glossary())
+    (['Calibration and held-out text'], 27)
+    """
+    if not nouns.classes:
+        return _parse(_TEXT)
+    words = {"one": nouns.one, "many": nouns.many}
+    other = dict(_parse(_OF_CLASSES.format(**words)))
+    terms = [(term, other.get(term, about)) for term, about in _parse(_TEXT)]
+    terms = [(term, about) for term, about in terms if about]
+    *rest, (_, held_out), last = terms
+    name = f"Calibration and held-out {nouns.many}"
+    return (*rest, *_parse(_MORE_OF_CLASSES.format(**words)), (name, held_out), last)
+
+
 def _parse(text: str) -> tuple[tuple[str, str], ...]:
     """Return (term, words) of paragraphs that begin with `term: `."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
-    terms = (paragraph.partition(": ") for paragraph in paragraphs)
-    return tuple((term, words) for term, _, words in terms)
-
-
-GLOSSARY = _parse(_TEXT)
+    terms = (paragraph.partition(":") for paragraph in paragraphs)
+    return tuple((term, words.strip()) for term, _, words in terms)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hawqkit.records import Allocation, Measured, Sensitivities, Validation
+from hawqkit.records import Allocation, Classification, Measured, Sensitivities, Validation
 from hawqkit.report.comparison import HELD_OUT, Row, compare, texts_of
+from hawqkit.report.nouns import Nouns, nouns_for
 from hawqkit.report.wording import (
     clean,
     fixed,
@@ -13,6 +14,8 @@ from hawqkit.report.wording import (
     percent,
     percent_with_error,
     plural,
+    points,
+    weights,
     with_error,
 )
 
@@ -47,17 +50,25 @@ def make_headline(
     name = model_name(sensitivities)
     title = f"{name} in {fixed(chosen.totals.average_bits, 2)} bits" if chosen else name
     sentences = [_what_was_done(sensitivities, chosen)]
+    nouns = nouns_for(sensitivities, validation)
     text = next(iter(texts_of(validation)), None)
+    classes = validation.classification.get(text or "") if validation else None
     if chosen is not None and text is not None and text in chosen.measured and validation:
-        sentences += _measured_sentences(rows, text, validation.texts[text].counted)
-        sentences += _other_texts(chosen, texts_of(validation)[1:])
+        counted = validation.texts[text].counted
+        sentences.append(_measured_sentence(chosen.measured[text], text, counted, nouns))
+        sentences += [_accuracy_sentence(classes, nouns)] if classes else []
+        uniform = _uniform(rows, text)
+        if uniform is not None:
+            sentences.append(_verdict(uniform, uniform.measured[text], chosen.measured[text]))
+        sentences += _other_texts(chosen, texts_of(validation)[1:], nouns)
     elif chosen is not None and chosen.prediction is not None:
         sentences.append(
             f"It is predicted to differ from the original by "
             f"{with_error(chosen.prediction.kl, chosen.prediction.kl_stderr)} nats of KL "
             "divergence. Nothing has been measured yet."
         )
-    return Headline(title, tuple(sentences), tuple(_tiles(sensitivities, rows, text)))
+    tiles = _tiles(sensitivities, rows, text, nouns)
+    return Headline(title, tuple(sentences), (*tiles, *_class_tiles(classes, nouns)))
 
 
 def model_name(sensitivities: Sensitivities) -> str:
@@ -86,9 +97,8 @@ def _what_was_done(sensitivities: Sensitivities, chosen: Row | None) -> str:
     each = "how much it suffers" if len(layers) == 1 else "how much each of them suffers"
     done = (
         f"hawqkit took the {plural(len(layers), 'layer')} of {model_name(sensitivities)} that can "
-        f"be compressed ({numel / 1e6:.1f} million of its "
-        f"{sensitivities.model.parameters / 1e6:.1f} million weights) and measured {each} when "
-        "stored in fewer bits"
+        f"be compressed ({weights(numel)} of its {weights(sensitivities.model.parameters)} "
+        f"weights) and measured {each} when stored in fewer bits"
     )
     if chosen is None:
         return f"{done}. No formats have been chosen yet."
@@ -100,21 +110,29 @@ def _what_was_done(sensitivities: Sensitivities, chosen: Row | None) -> str:
     )
 
 
-def _measured_sentences(rows: list[Row], text: str, counted: int) -> list[str]:
-    m = rows[0].measured[text]
+def _measured_sentence(m: Measured, text: str, counted: int, nouns: Nouns) -> str:
     distance = with_error(m.kl, m.kl_stderr)
     same = percent_with_error(m.same_top1, m.same_top1_stderr)
-    sentences = [
-        (
-            f"On {counted:,} predictions of text that the choice never saw ({clean(text)}), the "
-            f"compressed model differs from the original by {distance} nats of KL divergence "
-            f"(0 would be no change); its most likely next token stays the same in {same} of them."
-        )
-    ]
-    uniform = _uniform(rows, text)
-    if uniform is not None:
-        sentences.append(_verdict(uniform, uniform.measured[text], m))
-    return sentences
+    what = nouns.count(counted) if nouns.classes else f"{counted:,} predictions of text"
+    return (
+        f"On {what} that the choice never saw ({clean(text)}), the "
+        f"compressed model differs from the original by {distance} nats of KL divergence "
+        f"(0 would be no change); its {nouns.guess} stays the same in {same} of them."
+    )
+
+
+def _accuracy_sentence(found: Classification, nouns: Nouns) -> str:
+    before, after = found.original, found.chosen
+    told = abs(after.difference) > CLEAR * after.difference_stderr
+    change = points(after.difference, after.difference_stderr)
+    return (
+        f"The original classifies {percent_with_error(before.accuracy, before.accuracy_stderr)} of "
+        f"these {nouns.many} correctly, the compressed model "
+        f"{percent_with_error(after.accuracy, after.accuracy_stderr)}: a paired difference of "
+        f"{change} points{'' if told else ', which this measurement cannot tell from none'}. "
+        f"{plural(after.became_wrong, nouns.one, nouns.many)} became wrong and "
+        f"{after.became_right:,} became right."
+    )
 
 
 def _verdict(uniform: Row, theirs: Measured, ours: Measured) -> str:
@@ -131,16 +149,18 @@ def _verdict(uniform: Row, theirs: Measured, ours: Measured) -> str:
     return f"{start}. The mix loses {word}{ratio} ({gap})."
 
 
-def _other_texts(chosen: Row, texts: list[str]) -> list[str]:
+def _other_texts(chosen: Row, texts: list[str], nouns: Nouns) -> list[str]:
     return [
-        f"On other text ({clean(text)}) the mix differs by "
+        f"On other {nouns.data} ({clean(text)}) the mix differs by "
         f"{with_error(chosen.measured[text].kl, chosen.measured[text].kl_stderr)} nats."
         for text in texts
         if text in chosen.measured
     ]
 
 
-def _tiles(sensitivities: Sensitivities, rows: list[Row], text: str | None) -> list[Tile]:
+def _tiles(
+    sensitivities: Sensitivities, rows: list[Row], text: str | None, nouns: Nouns
+) -> list[Tile]:
     if not rows:
         ratio = sensitivities.network_participation_ratio
         return [
@@ -172,7 +192,7 @@ def _tiles(sensitivities: Sensitivities, rows: list[Row], text: str | None) -> l
             )
         return tiles
     m = chosen.measured[text]
-    where = "held-out text" if text == HELD_OUT else clean(text)
+    where = f"held-out {nouns.data}" if text == HELD_OUT else clean(text)
     tiles.append(Tile(fixed(m.kl, 3), "nats of KL divergence", f"measured on {where}"))
     uniform = _uniform(rows, text)
     if uniform is not None and uniform.measured[text].kl > 0:
@@ -180,10 +200,22 @@ def _tiles(sensitivities: Sensitivities, rows: list[Row], text: str | None) -> l
         tiles.append(
             Tile(f"{m.kl / theirs:.2f} ×", "the loss of uniform", f"which loses {fixed(theirs, 3)}")
         )
-    tiles.append(
-        Tile(percent(m.same_top1), "same next token", f"perplexity {fixed(m.perplexity, 1)}")
-    )
+    if not nouns.classes:
+        tiles.append(
+            Tile(percent(m.same_top1), "same next token", f"perplexity {fixed(m.perplexity, 1)}")
+        )
     return tiles
+
+
+def _class_tiles(found: Classification | None, nouns: Nouns) -> list[Tile]:
+    if found is None:
+        return []
+    after = found.chosen
+    before = percent(found.original.accuracy)
+    return [
+        Tile(percent(after.accuracy), "accuracy", f"original {before}"),
+        Tile(percent(after.flipped / found.count), f"of {nouns.many} flip", "to another class"),
+    ]
 
 
 def _uniform(rows: list[Row], text: str) -> Row | None:

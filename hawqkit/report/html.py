@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from hawqkit.records import (
     Spectrum,
     Validation,
 )
-from hawqkit.report import figures, wording
+from hawqkit.report import figures, nouns, wording
+from hawqkit.report.accuracy import shift_of
+from hawqkit.report.arrangement import arrange
 from hawqkit.report.choice import budget_sentences, risk_view, spread_sentence
+from hawqkit.report.classification import classification_view
 from hawqkit.report.comparison import (
+    Row,
     agreements,
     compare,
     ratio_of,
@@ -31,7 +36,7 @@ from hawqkit.report.comparison import (
     target_names,
     texts_of,
 )
-from hawqkit.report.glossary import GLOSSARY
+from hawqkit.report.glossary import glossary
 from hawqkit.report.headline import make_headline, model_name, original_bytes
 from hawqkit.report.layer_curvature import curvature_columns
 from hawqkit.report.spectral_section import spectrum_view
@@ -98,6 +103,7 @@ def render_report(
     texts = texts_of(validation)
     pairs = agreements(rows, texts)
     score = score_used(sensitivities, allocation)
+    words = nouns.nouns_for(sensitivities, validation)
     context: dict[str, Any] = {
         "sensitivities": sensitivities,
         "allocation": allocation,
@@ -105,6 +111,11 @@ def render_report(
         "frontier": frontier,
         "provenance": provenance,
         "name": model_name(sensitivities),
+        "nouns": words,
+        "blocks": arrange(sensitivities.layers).blocks,
+        "classification": classification_view(validation, words),
+        "loss_shift": shift_of(validation, words) if validation is not None else None,
+        "accuracy_of": partial(_accuracy_of, validation),
         "headline": make_headline(sensitivities, allocation, validation),
         "rows": rows,
         "texts": texts,
@@ -116,15 +127,15 @@ def render_report(
         "shifts": _shifts(validation),
         "doubtful": _doubtful(allocation),
         "low": _low_layers(allocation),
-        "budget": budget_sentences(allocation) if allocation is not None else (),
+        "budget": budget_sentences(allocation, words) if allocation is not None else (),
         "spread": spread_sentence(allocation),
         "risk": risk_view(sensitivities, allocation),
         "columns": curvature_columns(sensitivities, allocation, spectrum),
-        "usage": make_usage(allocation, exports),
+        "usage": make_usage(allocation, exports, words),
         "warnings": _warnings(sensitivities, allocation, validation, spectrum),
         "spectrum": spectrum_view(spectrum) if spectrum is not None else None,
         "original_bytes": original_bytes(sensitivities),
-        "glossary": GLOSSARY,
+        "glossary": glossary(words),
         "figure": _figures(sensitivities, allocation, validation, frontier, bool(pairs)),
     }
     return _environment().get_template(TEMPLATE).render(context)
@@ -184,6 +195,8 @@ def _environment() -> Environment:
     environment.globals["power_label"] = wording.power_label
     environment.globals["perplexity"] = math.exp
     for function in (
+        nouns.amount,
+        nouns.extent,
         wording.compact,
         wording.duration,
         wording.fixed,
@@ -256,6 +269,15 @@ def _shifts(validation: Validation | None) -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return found
+
+
+def _accuracy_of(validation: Validation | None, text: str, row: Row) -> float | None:
+    """Return the accuracy of a mix on a data set, None where it was not measured."""
+    found = validation.classification.get(text) if validation is not None else None
+    if found is None:
+        return None
+    model = found.chosen if row.chosen else found.mixes.get(row.name)
+    return model.accuracy if model is not None else None
 
 
 def _doubtful(allocation: Allocation | None) -> list[tuple[str, str, float]]:

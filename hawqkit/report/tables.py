@@ -23,6 +23,7 @@ from hawqkit.records import (
     Validation,
 )
 from hawqkit.report.choice import risk_view, spread_sentence
+from hawqkit.report.classification_tables import accuracy_table, loss_table
 from hawqkit.report.comparison import (
     Row,
     agreements,
@@ -32,6 +33,7 @@ from hawqkit.report.comparison import (
     texts_of,
 )
 from hawqkit.report.layer_curvature import curvature_table
+from hawqkit.report.nouns import Nouns, nouns_for
 from hawqkit.report.spectral_tables import spectrum_tables
 from hawqkit.report.terminal import add_columns, new_table
 from hawqkit.report.wording import (
@@ -109,11 +111,16 @@ def result_tables(
     if not rows:
         return []
     spread = spread_sentence(allocation)
-    return [
-        *_sizes_tables(rows),
-        *([Text(f"{spread}\n")] if spread else []),
-        *(_text_table(rows, text) for text in texts_of(validation)),
-    ]
+    tables: list[RenderableType] = [*_sizes_tables(rows)]
+    tables += [Text(f"{spread}\n")] if spread else []
+    nouns = nouns_for(None, validation)
+    for text in texts_of(validation):
+        tables.append(_text_table(rows, text, nouns))
+        if validation is not None and text in validation.classification:
+            tables.append(accuracy_table(text, validation.classification[text], nouns))
+    if validation is not None:
+        tables += loss_table(validation, nouns)
+    return tables
 
 
 def agreement_tables(allocation: Allocation | None, validation: Validation | None) -> list[Table]:
@@ -220,7 +227,7 @@ def sensitivities_table(
             with_error(_scaled(losses[index], power), _scaled(score.stderr[index][column], power)),
             with_error(sensitivities.trace[index], sensitivities.trace_stderr[index]),
             significant(sensitivities.participation_ratio[index], 3),
-            f"{layer.numel / 1e6:.2f}M",
+            f"{layer.numel / 1e6:.2f}M" if layer.numel >= 1e5 else f"{layer.numel:,}",
         )
     return table
 
@@ -304,9 +311,10 @@ def _target_head(target: str) -> str:
     return clean(target).replace("-", "-\n") + "\nMB"
 
 
-def _text_table(rows: Sequence[Row], text: str) -> Table:
+def _text_table(rows: Sequence[Row], text: str, nouns: Nouns) -> Table:
     table = new_table(f"Measured on {clean(text)}: KL to the original model in nats")
-    add_columns(table, "mix", "measured KL", "minus chosen", "same top-1", "perplexity")
+    last = () if nouns.classes else ("perplexity",)
+    add_columns(table, "mix", "measured KL", "minus chosen", "same top-1", *last)
     for row in rows:
         m = row.measured.get(text)
         if m is None:
@@ -316,7 +324,7 @@ def _text_table(rows: Sequence[Row], text: str) -> Table:
             with_error(m.kl, m.kl_stderr),
             DASH if row.chosen else with_error(m.difference, m.difference_stderr),
             percent(m.same_top1),
-            fixed(m.perplexity, 2),
+            *(() if nouns.classes else (fixed(m.perplexity, 2),)),
             style="bold" if row.chosen else "",
         )
     return table

@@ -110,6 +110,24 @@ def percent_with_error(share: float, stderr: float) -> str:
     return f"{with_error(100 * share, 100 * stderr)} %"
 
 
+def points(share: float, stderr: float) -> str:
+    """Return the difference of two shares of 1 and its standard error in points of a hundred.
+
+    >>> points(-0.0042, 0.0035)
+    '-0.42 ± 0.35'
+    """
+    return with_error(100 * share, 100 * stderr)
+
+
+def weights(count: int) -> str:
+    """Return a number of weights: in millions, or in full where it is far below one.
+
+    >>> weights(134_515_008), weights(2_320)
+    ('134.5 million', '2,320')
+    """
+    return f"{count / 1e6:.1f} million" if count >= 1e5 else f"{count:,}"
+
+
 def duration(seconds: float | None) -> str:
     """Return seconds as a reader would say them.
 

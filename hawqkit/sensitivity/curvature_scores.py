@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hawqkit.formats import parse_format, with_activations
 from hawqkit.records import Curvature, Floats, Score, Sensitivities, to_array, to_table
 from hawqkit.statistics import jackknife
 
@@ -160,7 +161,8 @@ def with_curvature(sensitivities: Sensitivities, curvature: Curvature) -> Sensit
     for name in measured_scores(curvature):
         found = evaluate_curvature(name, curvature, *_facts_of(plain))
         scores[name] = Score(name, to_table(found.values), to_table(found.stderr))
-    curvature = replace(curvature, warnings=(*curvature.warnings, *_of_signs(plain, curvature)))
+    notes = (*_of_signs(plain, curvature), *_of_inputs(plain, curvature))
+    curvature = replace(curvature, warnings=(*curvature.warnings, *notes))
     warnings = (*plain.warnings, *curvature.warnings)
     return replace(plain, scores=scores, curvature=curvature, warnings=warnings)
 
@@ -220,6 +222,18 @@ def _of_signs(sensitivities: Sensitivities, curvature: Curvature) -> list[str]:
                 f"it: {_capped(mixed)}."
             )
     return found
+
+
+def _of_inputs(sensitivities: Sensitivities, curvature: Curvature) -> list[str]:
+    """Say that these scores leave the errors of inputs out, where formats round inputs."""
+    rounding = with_activations(sensitivities.formats)
+    if not rounding:
+        return []
+    return [
+        f"{name}: knows the errors of weights alone, so that {rounding[0]} counts as "
+        f"{parse_format(rounding[0]).weights.name} does; the other scores know those of inputs too."
+        for name in measured_scores(curvature)
+    ]
 
 
 def _of_errors(names: list[str], value: Floats, stderr: Floats, curvature: Curvature) -> list[str]:

@@ -19,17 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hawqkit.errors import NumericalError, Unsupported
-from hawqkit.formats import NONE
+from hawqkit.errors import InputError, NumericalError, Unsupported
+from hawqkit.formats import NONE, activation_bits_of, with_activations
 from hawqkit.models.batch import Batch, predictions
 from hawqkit.models.checkpointing import checkpointed
 from hawqkit.quantize.errors_of import LayerErrors
-from hawqkit.records import Integers, Layer
+from hawqkit.quantize.input_rounding import InputQuantizer, input_quantizer
+from hawqkit.records import ActivationRanges, Integers, Layer
+from hawqkit.sensitivity.columns import Columns, plan_columns
+from hawqkit.sensitivity.input_terms import Call, InputSums
 from hawqkit.sensitivity.labels import sampled_residuals, uniforms
+from hawqkit.sensitivity.output_signs import sign_residuals
 from hawqkit.sensitivity.positions import PositionSampler
 from hawqkit.sensitivity.reduction import LayerSums, Scratch, reduce_layer
 from hawqkit.sensitivity.taps import Taps
-from hawqkit.sensitivity.uses import Use
 from hawqkit.store import Arrays
 
 PAIRED = 16
@@ -42,12 +45,14 @@ class DualProbe:
         module: a model in evaluation mode that returns logits, see `models.batch.predictions`.
         layers: what to measure.
         weights: layer name -> (rows, columns) view of its weight.
-        errors: layer name -> its formats' errors.
-        formats: the columns of the results; a format that a layer lacks is NaN there.
+        errors: layer name -> errors of its formats' weights.
+        formats: the columns of the results; one whose weights a layer lacks is NaN there.
+        activations: ranges of the layers' inputs; needed where a format rounds them.
         positions: sampled positions a sequence for the token score; 0 leaves the score out.
         seed: of labels and positions.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         paired: neighbors of a batch whose gradients are multiplied with each other, for |G|_F.
+        signs: send back random signs through a root of the outputs' curvature, not drawn labels.
     """
 
     def __init__(
@@ -58,16 +63,20 @@ class DualProbe:
         errors: Mapping[str, LayerErrors],
         *,
         formats: Sequence[str],
+        activations: ActivationRanges | None = None,
         positions: int = 16,
         seed: int = 0,
         checkpointing: bool = False,
         paired: int = PAIRED,
+        signs: bool = False,
     ) -> None:
-        self._paired = paired
+        self._paired, self._signs = paired, signs
         self._module, self._layers, self._formats = module, tuple(layers), tuple(formats)
         self._weights, self._errors = weights, errors
         self._positions, self._seed = positions, seed
         self._checkpointing = checkpointing
+        self._columns = {n: plan_columns(self._formats, e.formats) for n, e in errors.items()}
+        self._quantizers = input_quantizers(module, self._layers, self._formats, activations)
         self._sums: dict[str, LayerSums] = {}
         self._sampler: PositionSampler | None = None
         self._severed: set[str] = set()  # layers that the logits were found not to depend on
@@ -75,7 +84,7 @@ class DualProbe:
 
     def __enter__(self) -> DualProbe:
         """Put the taps in."""
-        self._taps = Taps(self._module, self._layers, self._receive)
+        self._taps = Taps(self._module, self._layers, self._receive, self._quantizers)
         self._mode: AbstractContextManager[None] = (
             checkpointed(self._module) if self._checkpointing else nullcontext()
         )
@@ -112,20 +121,28 @@ class DualProbe:
         device = next(self._module.parameters()).device
         self._sampler = self._make_sampler(batch, device)
         self._sums.clear()
-        with torch.enable_grad(), self._taps.forward_pass(len(batch.index)):
+        with torch.enable_grad(), self._taps.forward_pass(len(batch.index), batch.attention):
             logits = predictions(self._module, batch, device)
         self._refuse_uncalled(batch, device)
-        residual, labels = sampled_residuals(
-            logits, batch.predicts, uniforms(batch.index.tolist(), logits.shape[1], self._seed)
-        )
+        residual, labels = self._residual(logits, batch)
         torch.autograd.backward([logits], [residual])
         return self._collect(batch, labels)
 
-    def _receive(self, layer: Layer, uses: list[Use]) -> None:
+    def _residual(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what is sent back from the outputs, and the drawn labels, -1 where none were."""
+        indices = batch.index.tolist()
+        if self._signs:
+            none = torch.full(logits.shape[:2], -1)
+            return sign_residuals(logits, batch.predicts, indices, self._seed), none
+        draws = uniforms(indices, logits.shape[1], self._seed)
+        return sampled_residuals(logits, batch.predicts, draws)
+
+    def _receive(self, layer: Layer, calls: list[Call]) -> None:
         self._sums[layer.name] = reduce_layer(
-            uses,
+            calls,
             self._weights[layer.name],
             self._errors[layer.name],
+            self._columns[layer.name],
             self._sampler,
             self._scratch,
             self._paired,
@@ -189,8 +206,13 @@ class DualProbe:
             "gram": np.empty((len(first), count)),
             "labels": labels.cpu().numpy(),
         }
+        if self._quantizers:
+            for name in ("input_squares", "input_count"):
+                out[name] = np.zeros(shape[:2])
+            for name in ("input_error", "input_linear"):
+                out[name] = np.zeros(shape)
         for i, layer in enumerate(self._layers):
-            columns = [self._formats.index(f.name) for f in self._errors[layer.name].formats]
+            columns = sorted(f for c in self._columns[layer.name] for f in c.formats)
             sums = self._sums.get(layer.name)
             if sums is None:
                 sums = self._nothing(size, len(columns))
@@ -208,6 +230,8 @@ class DualProbe:
                 out[name][:, i, columns] = getattr(sums, name).double().cpu().numpy()
                 if NONE.name in self._formats:
                     out[name][:, i, self._formats.index(NONE.name)] = 0.0
+            if sums.inputs is not None:
+                _collect_inputs(out, i, sums.inputs, self._columns[layer.name])
         self._sums.clear()
         return out
 
@@ -215,6 +239,48 @@ class DualProbe:
         """Return the sums of a layer that the logits do not depend on."""
         zeros, none = torch.zeros(size, formats), torch.zeros(size)
         return LayerSums(none, torch.zeros(1, size, size), zeros, none, zeros, zeros)
+
+
+def input_quantizers(
+    module: nn.Module,
+    layers: Sequence[Layer],
+    formats: Sequence[str],
+    ranges: ActivationRanges | None,
+) -> dict[str, dict[str, list[InputQuantizer]]]:
+    """Return layer -> module that holds its weight -> what rounds its inputs, width by width.
+
+    Empty where no format rounds inputs; a layer that only looks up is not in it.
+
+    Raises:
+        InputError: a range is missing.
+    """
+    bits = activation_bits_of(formats)
+    if bits and ranges is None:
+        raise InputError(
+            f"the formats {', '.join(with_activations(formats))} round the inputs of layers, and "
+            "no ranges of them came; calibrate_activations finds them."
+        )
+    found: dict[str, dict[str, list[InputQuantizer]]] = {}
+    if ranges is None or not bits:
+        return found
+    for layer in layers:
+        for name in (layer.name, *layer.tied):
+            child = module.get_submodule(name)
+            if not isinstance(child, nn.Embedding):
+                made = [input_quantizer(ranges, layer.name, child, b) for b in bits]
+                found.setdefault(layer.name, {})[name] = made
+    return found
+
+
+def _collect_inputs(out: Arrays, row: int, sums: InputSums, columns: Sequence[Columns]) -> None:
+    """Write the sums over a layer's inputs into the columns of their width."""
+    out["input_squares"][:, row] = sums.squares.double().cpu().numpy()
+    out["input_count"][:, row] = sums.count.double().cpu().numpy()
+    for group in columns:
+        if group.width is not None:
+            for name in ("error", "linear"):
+                values = getattr(sums, name)[:, group.width].double().cpu().numpy()
+                out[f"input_{name}"][:, row, list(group.formats)] = values[:, None]
 
 
 def _pairs(size: int, paired: int) -> tuple[Integers, Integers]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,33 @@ import numpy as np
 
 from hawqkit import distributed
 from hawqkit.costs import available_bytes
-from hawqkit.errors import InputError, NumericalError, Unsupported
-from hawqkit.formats import NONE, Format, fitting_formats, parse_format
+from hawqkit.errors import InputError, NumericalError
+from hawqkit.formats import (
+    NONE,
+)
 from hawqkit.journal import Journal
 from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
+from hawqkit.quantize.activations import (
+    ActivationSettings,
+    refuse_other_model,
+)
 from hawqkit.quantize.errors_of import LayerErrors, make_errors
 from hawqkit.quantize.rounding import scale_dtype_for
-from hawqkit.records import SCHEMA, DataFacts, Floats, Layer, Samples, Sensitivities, Skipped
+from hawqkit.records import (
+    SCHEMA,
+    ActivationRanges,
+    DataFacts,
+    Floats,
+    Layer,
+    Samples,
+    Sensitivities,
+)
+from hawqkit.sensitivity.columns import plan_columns, weight_formats
 from hawqkit.sensitivity.curvature_probe import CurvatureProbe, CurvatureSettings
 from hawqkit.sensitivity.curvature_scores import with_curvature
 from hawqkit.sensitivity.dual_probe import PAIRED, DualProbe
+from hawqkit.sensitivity.fitting import fitting_layers, ranges_for
 from hawqkit.sensitivity.summary import summarize
 from hawqkit.store import Arrays, fingerprint
 
@@ -34,7 +50,6 @@ MOST_SEQUENCES = 16
 MOST_EXAMPLES = 64  # of a classifier, whose layers' errors are made again for each batch
 PAIRED_EXAMPLES = 4  # of them, whose gradients are multiplied with each other
 CODES_SHARE = 0.25  # of the free memory, that int8 codes may take
-MISFIT_LINES = 6  # widths that a message names: most models have two or three
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,7 @@ def probe(
     settings: ProbeSettings | None = None,
     also: Sequence[str] = (),
     curvature: CurvatureSettings | None = None,
+    activations: ActivationRanges | ActivationSettings | None = None,
     folder: str | Path | None = None,
     track: Track = untracked,
 ) -> Sensitivities:
@@ -91,6 +107,8 @@ def probe(
         also: scores of the true Hessian to measure too, `hessian-trace` and `top-eigenvalue`; they
             need second derivatives and cost many times the probe.
         curvature: what those may cost; see `CurvatureSettings`.
+        activations: ranges of the layers' inputs, for formats that round them; or how to find them
+            on the same data, first of all, which by default is min-max.
         folder: of the journal, so that a killed probe goes on where it stopped; None keeps none.
         track: wraps the micro-batches to show progress, `(items, stage, total) -> items`.
 
@@ -102,9 +120,12 @@ def probe(
         Unsupported: a format does not fit a layer (and misfits are refused), or a score of `also`
             needs derivatives that the model does not have.
         NumericalError: weights or gradients are not finite.
-        StateMismatch: the journal belongs to another model, data, format list or seed.
+        StateMismatch: the journal belongs to another model, data, format list or seed, or the
+            ranges to another model.
     """
-    prober = Prober(model, batches, formats, settings or ProbeSettings(), folder)
+    settings = settings or ProbeSettings()
+    ranges = ranges_for(model, batches, formats, settings.misfits, activations, track)
+    prober = Prober(model, batches, formats, settings, folder, ranges)
     beside = None
     if also:
         home = Path(folder) / "curvature" if folder is not None else None
@@ -140,8 +161,12 @@ class Prober:
         formats: Sequence[str],
         settings: ProbeSettings,
         folder: str | Path | None = None,
+        activations: ActivationRanges | None = None,
     ) -> None:
+        if activations is not None:
+            refuse_other_model(activations, model)
         self._model, self._batches, self._settings = model, batches, settings
+        self._activations = activations
         self.formats = tuple(formats)
         self.layers, self.skipped = fitting_layers(model, formats, settings.misfits)
         self.size = micro_batch_size(settings.batch, batches.facts, model.device.type)
@@ -157,7 +182,7 @@ class Prober:
 
     def prepare(self, track: Track = untracked) -> None:
         """Round every layer to every format, and keep what is needed to make the errors again."""
-        parsed = [f for f in parse_formats(self.formats) if f.quantizes]
+        parsed = weight_formats(self.formats)
         self.keep = choose_cache(
             self._settings.cache, self.layers, len(parsed), str(self._model.device)
         )
@@ -181,10 +206,12 @@ class Prober:
             {layer.name: self._model.weight(layer.name) for layer in self.layers},
             self.errors,
             formats=self.formats,
+            activations=self._activations,
             positions=self._settings.positions,
             seed=self._settings.seed,
             checkpointing=self._settings.checkpointing,
             paired=PAIRED_EXAMPLES if self._batches.facts.classes else PAIRED,
+            signs=bool(self._batches.facts.classes),
         )
         self._dual.__enter__()
         return self
@@ -214,7 +241,7 @@ class Prober:
         everyone: dict[int, Arrays] = {}
         for part in distributed.gather(self._results):
             everyone |= part
-        return summarize(
+        found = summarize(
             join_samples([everyone[n] for n in sorted(everyone)], self._batches),
             weight_errors(self.layers, self.formats, self.errors),
             model=self._model.facts,
@@ -225,9 +252,17 @@ class Prober:
             rounding=self._settings.rounding,
             fingerprint=self.fingerprint,
         )
+        ranges = self._activations
+        if ranges is None:
+            return found
+        warnings = (*found.warnings, *ranges.warnings)
+        known = ranges.fingerprint
+        return replace(found, warnings=warnings, activations=ranges, activations_fingerprint=known)
 
     def _facts(self) -> dict[str, Any]:
+        ranges = self._activations
         return {
+            **({} if ranges is None else {"activations": ranges.fingerprint}),
             "schema": SCHEMA,
             "model": self._model.facts.hash,
             "data": self._batches.facts.hash,
@@ -240,73 +275,6 @@ class Prober:
             "dtype": str(next(self._model.module.parameters()).dtype).removeprefix("torch."),
             "device": self._model.device.type,
         }
-
-
-def parse_formats(formats: Sequence[str]) -> list[Format]:
-    """Return the formats in their order.
-
-    Raises:
-        InputError: there is none, an unknown one, or one comes twice.
-    """
-    if not formats:
-        raise InputError("no formats came; name at least one, for instance int4-g64.")
-    twice = sorted({f for f in formats if list(formats).count(f) > 1})
-    if twice:
-        raise InputError(f"formats named more than once: {', '.join(twice)}; name each once.")
-    return [parse_format(f) for f in formats]
-
-
-def fitting_layers(
-    model: LoadedModel, formats: Sequence[str], misfits: str
-) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
-    """Return the layers that all formats fit, and those skipped.
-
-    Raises:
-        Unsupported: a group size does not divide a layer's columns and `misfits` is `refuse`, or
-            no layer is left.
-        InputError: `misfits` is neither.
-    """
-    if misfits not in ("refuse", "skip"):
-        raise InputError(f"misfits {misfits!r}: allowed are refuse, skip.")
-    parsed = parse_formats(formats)
-    kept, skipped = [], list(model.skipped)
-    found: dict[int, list[str]] = {}  # columns -> names of the layers that have so many
-    for layer in model.layers:
-        bad = [f.name for f in parsed if not f.fits(layer.columns)]
-        if not bad:
-            kept.append(layer)
-            continue
-        reason = f"{layer.columns} columns do not divide into groups of {', '.join(bad)}"
-        skipped.append(Skipped(layer.name, layer.kind, (layer.rows, layer.columns), reason))
-        found.setdefault(layer.columns, []).append(layer.name)
-    if found and misfits == "refuse":
-        raise Unsupported(
-            f"{sum(map(len, found.values()))} layers do not take all formats:\n"
-            + "\n".join(_misfit_lines(found, parsed))
-            + "\nUse formats that fit, exclude these layers, or set layers.misfits to skip."
-        )
-    if not kept:
-        raise Unsupported(
-            "no layer is left that takes all formats:\n" + "\n".join(_misfit_lines(found, parsed))
-        )
-    return tuple(kept), tuple(skipped)
-
-
-def _misfit_lines(found: Mapping[int, Sequence[str]], formats: Sequence[Format]) -> list[str]:
-    """Return a line for each number of columns: which layers have it, and what fits them."""
-    lines = []
-    for columns, names in list(found.items())[:MISFIT_LINES]:
-        bad = [f.name for f in formats if not f.fits(columns)]
-        fit = [f for f in fitting_formats(columns) if not f.endswith("-asym")]
-        more = f" (and {len(names) - 2} more layers)" if len(names) > 2 else ""
-        lines.append(
-            f"  - {', '.join(names[:2])}{more}: {columns} columns do not divide into groups of "
-            f"{', '.join(bad)}; formats that fit: {', '.join(fit)}."
-        )
-    rest = list(found.items())[MISFIT_LINES:]
-    if rest:
-        lines.append(f"  (and layers of {', '.join(str(columns) for columns, _ in rest)} columns)")
-    return lines
 
 
 def micro_batch_size(asked: int | str, data: DataFacts, device_type: str) -> int:
@@ -353,8 +321,8 @@ def weight_errors(
         table[:, list(formats).index(NONE.name)] = 0.0
     for row, layer in enumerate(layers):
         made = errors[layer.name]
-        columns = [list(formats).index(f.name) for f in made.formats]
-        table[row, columns] = made.squared_norms.numpy()
+        for group in plan_columns(formats, made.formats):
+            table[row, list(group.formats)] = made.squared_norms.numpy()[list(group.errors)]
     return table
 
 

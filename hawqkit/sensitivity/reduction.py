@@ -1,18 +1,21 @@
 """Reduce one layer's gradient to its numbers as soon as it exists, and forget the gradient.
 
-Letters: B sequences, F formats of this layer, R rows at once, C columns, k sampled positions.
+Letters: B sequences, F formats of this layer, W different weights among them, A widths of rounded
+inputs, R rows at once, C columns, k sampled positions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hawqkit.quantize.errors_of import LayerErrors
+from hawqkit.sensitivity.columns import Columns, Tally, input_sums
+from hawqkit.sensitivity.input_terms import Call, InputSums
 from hawqkit.sensitivity.positions import PositionSampler
 from hawqkit.sensitivity.uses import Use, count_of
 
@@ -32,6 +35,7 @@ class LayerSums:
     token_norm: Tensor  # (B,)
     token: Tensor  # (B, F)
     token_summed: Tensor  # (B, F)
+    inputs: InputSums | None = None  # (B, A) each, where inputs are rounded
 
 
 class Scratch:
@@ -50,9 +54,10 @@ class Scratch:
 
 
 def reduce_layer(
-    uses: list[Use],
+    calls: Sequence[Call],
     weight: Tensor,
     errors: LayerErrors,
+    columns: Sequence[Columns],
     sampler: PositionSampler | None,
     scratch: Scratch,
     paired: int,
@@ -60,50 +65,52 @@ def reduce_layer(
     """Reduce all uses of a weight: `g_b = sum over uses`, added before anything is squared.
 
     Args:
-        uses: every use of the weight in this pass.
+        calls: every use of the weight in this pass.
         weight: (rows, columns).
         errors: makes dW_f for any rows.
+        columns: which error and which inputs make each column, see `plan_columns`.
         sampler: of the token score's positions; None leaves that score out.
         scratch: where errors are made.
         paired: examples of a block, within which products of gradients are taken. All pairs of a
             large batch would cost more than the gradients.
     """
+    uses = [call.use for call in calls]
     batch, formats = len(uses[0].gradients), len(errors.formats)
     like = weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
-    blocks = -(-batch // paired)
-    gram, directional = like.new_zeros(blocks, paired, paired), like.new_zeros(batch, formats)
-    positions = [sampler.at(use.length) for use in uses] if sampler is not None else []
-    squares = [like.new_zeros(*at.index.shape, formats) for at in positions]
-    sums = [like.new_zeros(*at.index.shape, formats) for at in positions]
+    gram = like.new_zeros(-(-batch // paired), paired, paired)
+    tallies = [Tally(c, calls, sampler, like) for c in columns]
     for rows in _row_chunks(uses, weight, max(formats, min(batch, paired))):
         made = like.new_empty(0)
         if formats:
-            made = scratch.take(like, formats, count_of(rows), weight.shape[1])  # (F, R, C)
+            made = scratch.take(like, formats, count_of(rows), weight.shape[1])  # (W, R, C)
             errors.fill(weight, made, rows)
             made = uses[0].arrange(made)
         for some in _example_blocks(batch, count_of(rows) * weight.shape[1], paired, weight):
-            gradient = uses[0].gradient(rows, some)
-            for use in uses[1:]:
-                gradient += use.gradient(rows, some)
-            flat = gradient.flatten(1)  # (b, R C)
+            flat = _gradient(uses, rows, some)
             _add_gram(gram[some.start // paired :], flat)
-            if formats:
-                # In this order: BLAS takes twice as long for a few rows times many columns.
-                directional[some] += (made.flatten(1) @ flat.T).T
-        for use, at, square, total in zip(uses, positions, squares, sums, strict=False):
-            if formats:
-                more_square, more_total = use.responses(rows, made, at)
-                square += more_square
-                total += more_total
-    norm, empty = like.new_zeros(batch), like.new_zeros(batch, formats)
-    token, summed = empty, empty.clone()
-    for use, at, square, total in zip(uses, positions, squares, sums, strict=False):
-        w = at.weight.to(like)
-        norm = norm + (use.norms(at) * w).sum(-1)
-        token = token + (square * w[..., None]).sum(1)
-        summed = summed + (total.square() * w[..., None]).sum(1)
+            for tally in tallies:
+                own = _gradient(tally.uses, rows, some) if tally.needs_gradient else flat
+                tally.add(made, own, some)
+        for tally in tallies:
+            tally.respond(made, rows)
+    norm = like.new_zeros(batch)
+    for use in uses:
+        if sampler is not None:
+            at = sampler.at(use.length)
+            norm = norm + (use.norms(at) * at.weight.to(like)).sum(-1)
     diagonal = gram.diagonal(dim1=1, dim2=2).flatten()[:batch]
-    return LayerSums(diagonal, gram, directional, norm, token, summed)
+    order = torch.tensor([f for c in columns for f in c.formats], dtype=torch.int64).argsort()
+    together = zip(*(tally.finish() for tally in tallies), strict=True)
+    directional, token, summed = (torch.cat(part, 1)[:, order.to(like.device)] for part in together)
+    return LayerSums(diagonal, gram, directional, norm, token, summed, input_sums(calls))
+
+
+def _gradient(uses: Sequence[Use], rows: Tensor | slice, some: slice) -> Tensor:
+    """Return the gradients of some rows for some examples, (b, R C)."""
+    gradient = uses[0].gradient(rows, some)
+    for use in uses[1:]:
+        gradient += use.gradient(rows, some)
+    return gradient.flatten(1)
 
 
 def _example_blocks(batch: int, entries: int, paired: int, weight: Tensor) -> Iterator[slice]:

@@ -4,6 +4,10 @@ Each score is a function of sums over sequences, so its standard error is a clus
 the whole formula (see `statistics.jackknife`). All of them predict the mean KL divergence from the
 original model in nats; they differ in what they know about the rounding error dW.
 
+Where a format rounds the layer's inputs too, each score has a second part, made of the error da of
+the input and of the gradient g_a there; rounding errors of weights and inputs are taken as
+independent but by `directional`, which needs no such assumption. docs/activations.md has them all.
+
 Letters: L layers, F formats, C clusters; `...` any leading shape (jackknife replicates).
 """
 
@@ -31,13 +35,30 @@ def _per_numel(s: Sums, facts: Facts) -> Floats:
     return traces / facts.numel
 
 
+def _inputs(s: Sums, name: str) -> Floats | float:
+    """Return `1/2 sum / n` of a sum over inputs, 0 where no format rounds them."""
+    if name not in s:
+        return 0.0
+    part: Floats = 0.5 * s[name] / s["count"][..., None, None]
+    return part
+
+
 def trace(s: Sums, facts: Facts) -> Floats:
-    """HAWQ-V2 (Dong et al. 2020): `1/2 tr(G_l) / n_l |dW|^2`. The direction of dW is not used."""
-    return 0.5 * _per_numel(s, facts)[..., None] * facts.weight_error
+    """HAWQ-V2 (Dong et al. 2020): `1/2 tr(G_l) / n_l |dW|^2`. The direction of dW is not used.
+
+    With rounded inputs `+ 1/2 sum_s tr(G_as) / n_as |da_s|^2`, G_as the block of example s's input
+    and n_as its entries: that matrix is block diagonal over examples.
+    """
+    weights: Floats = 0.5 * _per_numel(s, facts)[..., None] * facts.weight_error
+    return weights + _inputs(s, "input_isotropic")
 
 
 def directional(s: Sums, facts: Facts) -> Floats:
-    """`1/2 dW' G_l dW` with the rounding error that the format really makes."""
+    """`1/2 dW' G_l dW` with the rounding error that the format really makes.
+
+    With rounded inputs `1/2 u' G_yl u`, u = dW (a + da) + W da the whole error of the layer's
+    output and G_yl the matrix of that output.
+    """
     return 0.5 * s["directional_squared"] / s["count"][..., None, None]
 
 
@@ -45,13 +66,20 @@ def token(s: Sums, facts: Facts) -> Floats:
     """Trace-matched token score, outputs squared one by one.
 
     `1/2 tr(G_l) * sum_t sum_o (d_to (dW a_t)_o)^2 / sum_t |d_t|^2 |a_t|^2`
+
+    With rounded inputs, a_t + da_t stands for the a_t of the numerator, and `1/2 (g_a . da)^2` of
+    whole examples is added. Sums over single tokens would be quieter and wrong: equal inputs have
+    equal errors, as in the background of an image, and these add up (docs/activations.md).
     """
-    return _matched(s, "token")
+    return _matched(s, "token") + _inputs(s, "input_squared")
 
 
 def token_summed(s: Sums, facts: Facts) -> Floats:
-    """Trace-matched token score, outputs summed first: `(d_t . dW a_t)^2` in the numerator."""
-    return _matched(s, "token_summed")
+    """Trace-matched token score, outputs summed first: `(d_t . dW a_t)^2` in the numerator.
+
+    With rounded inputs, the same is added as to `token`.
+    """
+    return _matched(s, "token_summed") + _inputs(s, "input_squared")
 
 
 def shrunk(s: Sums, facts: Facts) -> Floats:
@@ -67,9 +95,18 @@ def shrunk(s: Sums, facts: Facts) -> Floats:
 
 
 def weight_error(s: Sums, facts: Facts) -> Floats:
-    """`|dW|^2` with one curvature for the whole network: `1/2 sum_l tr(G_l) / sum_l n_l |dW|^2`."""
+    """`|dW|^2` with one curvature for the whole network: `1/2 sum_l tr(G_l) / sum_l n_l |dW|^2`.
+
+    With rounded inputs `|da|^2` is added, with one curvature of all entries of all inputs.
+    """
     mean: Floats = s["squared_gradient"].sum(-1) / s["count"] / facts.numel.sum()
-    return 0.5 * mean[..., None, None] * facts.weight_error
+    weights: Floats = 0.5 * mean[..., None, None] * facts.weight_error
+    if "input_error" not in s:
+        return weights
+    entries = s["input_count"].sum(-1)
+    curvature = s["input_squares"].sum(-1) / np.maximum(entries, 1.0)  # 0 where nothing is rounded
+    inputs: Floats = curvature[..., None, None] * _inputs(s, "input_error")
+    return weights + inputs
 
 
 def _matched(s: Sums, name: str) -> Floats:
@@ -134,13 +171,30 @@ def sums_of(samples: Samples, rows: Integers | None = None, weights: Floats | No
     def total(values: Floats) -> Floats:
         return cluster_sums(values * w.reshape(-1, *[1] * (values.ndim - 1)), clusters)
 
-    return {
+    sums = {
         "count": total(samples.count[rows].astype(np.float64)),
         "squared_gradient": total(samples.squared_gradient[rows]),
         "directional_squared": total(samples.directional[rows] ** 2),
         "token_norm": total(samples.token_norm[rows]),
         "token": total(samples.token[rows]),
         "token_summed": total(samples.token_summed[rows]),
+    }
+    return sums | {name: total(values[rows]) for name, values in _of_inputs(samples).items()}
+
+
+def _of_inputs(samples: Samples) -> dict[str, Floats]:
+    """Return what scores need of the inputs by sequence, nothing where none is rounded."""
+    squares, entries, error = samples.input_squares, samples.input_count, samples.input_error
+    linear = samples.input_linear
+    if squares is None or entries is None or error is None or linear is None:
+        return {}
+    per_entry = squares / np.maximum(entries, 1.0)  # (S, L)
+    return {
+        "input_squares": squares,
+        "input_count": entries,
+        "input_error": error,
+        "input_isotropic": per_entry[..., None] * error,
+        "input_squared": linear**2,
     }
 
 

@@ -80,7 +80,7 @@ def summarize(
         rounding=rounding,
         fingerprint=fingerprint,
         withheld=int((samples.withheld == 1).sum()),
-        warnings=_warnings(samples, with_token, layers),
+        warnings=_warnings(samples, with_token, layers, bool(data.classes)),
         samples=samples,
     )
 
@@ -95,7 +95,10 @@ def facts_of(sensitivities: Sensitivities) -> Facts:
     return score_facts(sensitivities.layers, to_array(sensitivities.weight_error))
 
 
-def _warnings(samples: Samples, with_token: bool, layers: Sequence[Layer]) -> tuple[str, ...]:
+def _warnings(
+    samples: Samples, with_token: bool, layers: Sequence[Layer], labelled: bool
+) -> tuple[str, ...]:
+    one, cluster = ("example", "cluster") if labelled else ("sequence", "document")
     warnings = []
     silent = (samples.squared_gradient == 0).all(0)
     still = [layer.name for layer, none in zip(layers, silent, strict=True) if none]
@@ -103,18 +106,18 @@ def _warnings(samples: Samples, with_token: bool, layers: Sequence[Layer]) -> tu
         more = f" and {len(still) - 3} more" if len(still) > 3 else ""
         warnings.append(
             f"the predictions do not depend on {', '.join(still[:3])}{more}: no gradient came from "
-            "any sequence, so their sensitivity is zero and they get the smallest format; exclude "
+            f"any {one}, so their sensitivity is zero and they get the smallest format; exclude "
             "them if other inputs use them."
         )
     documents = len(np.unique(samples.document[samples.withheld == 0]))
     if documents < FEW_DOCUMENTS:
         warnings.append(
-            f"the sequences that choose come from {documents} documents; standard errors are "
-            f"clustered by document and are rough below {FEW_DOCUMENTS}."
+            f"the {one}s that choose come from {documents} {cluster}s; standard errors are "
+            f"clustered by {cluster} and are rough below {FEW_DOCUMENTS}."
         )
     if not len(samples.pairs):
         warnings.append(
-            "micro-batches hold one sequence each, so there is no participation ratio; "
+            f"micro-batches hold one {one} each, so there is no participation ratio; "
             "set sensitivity.batch to 2 or more to get it."
         )
     if not with_token:

@@ -2,12 +2,13 @@
 
 A tap is an identity in the graph that saves the layer's input as autograd itself would for a weight
 gradient. So activation checkpointing drops and recomputes it like any other saved tensor, and no
-weight has to require a gradient.
+weight has to require a gradient. Where inputs are to be rounded, a second tap before the layer
+hands out the gradient at its input through this layer alone, whoever else reads the same tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,30 +19,49 @@ from torch.utils.hooks import RemovableHandle
 
 from hawqkit.errors import Unsupported
 from hawqkit.models.orientation import CONVOLUTIONS, TRANSPOSED
+from hawqkit.quantize.input_rounding import InputQuantizer, first_input
 from hawqkit.records import Layer
 from hawqkit.sensitivity.convolution_uses import convolution_use
+from hawqkit.sensitivity.input_terms import Call, sum_inputs
 from hawqkit.sensitivity.uses import EmbeddingUse, LinearUse, Use
 
-Receive = Callable[[Layer, list[Use]], None]
+Receive = Callable[[Layer, list[Call]], None]
+# Layer -> module that holds its weight -> what rounds the inputs, one for each width.
+Quantizers = Mapping[str, Mapping[str, Sequence[InputQuantizer]]]
 
 
 @dataclass
 class _State:
-    """Uses of one layer within one forward and backward pass."""
+    """Calls of one layer within one forward and backward pass."""
 
     layer: Layer
     expected: int = 0
-    uses: list[Use] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+
+@dataclass
+class _Open:
+    """A call between its two taps: first its output gradient is known, then that at its input."""
+
+    source: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 class Taps:
-    """Taps on the modules of `layers`; `receive(layer, uses)` is called once a layer and pass.
+    """Taps on the modules of `layers`; `receive(layer, calls)` is called once a layer and pass.
 
     A tied weight's uses arrive together, after the last of them.
     """
 
-    def __init__(self, module: nn.Module, layers: tuple[Layer, ...], receive: Receive) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: tuple[Layer, ...],
+        receive: Receive,
+        quantizers: Quantizers | None = None,
+    ) -> None:
         self._receive = receive
+        self._attention: Tensor | None = None
         self._states = [_State(layer) for layer in layers]
         self._in_forward, self._awake, self._size = False, True, 0
         # The graph starts at the first layer, whose output needs no gradient otherwise.
@@ -50,19 +70,21 @@ class Taps:
         for state in self._states:
             for name in (state.layer.name, *state.layer.tied):
                 child = module.get_submodule(name)
-                self._handles.append(child.register_forward_hook(self._hook(state, name, child)))
+                rounding = (quantizers or {}).get(state.layer.name, {}).get(name, ())
+                self._handles += self._tap(state, name, child, rounding)
 
     @contextmanager
-    def forward_pass(self, size: int) -> Iterator[None]:
+    def forward_pass(self, size: int, attention: Tensor | None = None) -> Iterator[None]:
         """Count uses inside; hooks that a checkpoint's recomputation runs later do not count.
 
         Args:
             size: examples of the batch, the first dimension of every layer's output.
+            attention: (B, T) real positions, for errors of rounded inputs.
         """
         for state in self._states:
             state.expected = 0
-            state.uses.clear()
-        self._size = size
+            state.calls.clear()
+        self._size, self._attention = size, attention
         self._in_forward = True
         try:
             yield
@@ -88,23 +110,63 @@ class Taps:
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, state: _State, name: str, child: nn.Module) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _tap(
+        self, state: _State, name: str, child: nn.Module, rounding: Sequence[InputQuantizer]
+    ) -> list[RemovableHandle]:
+        """Put hooks on one module; the one before it only where inputs are rounded."""
+        calls: list[_Open] = []  # entered and not yet left: none, or one
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not (torch.is_grad_enabled() and self._awake):
+                return None
+            call = _Open()
+            calls.append(call)
+
+            def finish(gradient: Tensor) -> None:
+                self._finish(state, child, call, gradient, rounding)
+
+            given = first_input(name, inputs)
+            return _InputTap.apply(given, self._anchor, finish), *inputs[1:]  # type: ignore[no-untyped-call]
+
+        def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             if not (torch.is_grad_enabled() and self._awake):
                 return output
             self._refuse_shape(name, child, output)
             if self._in_forward:
                 state.expected += 1
+            call = calls.pop() if rounding else None
 
             def take(saved: Tensor, gradient: Tensor) -> None:
-                state.uses.append(_use(child, saved, gradient))
-                if len(state.uses) == state.expected:
-                    uses, state.uses, state.expected = state.uses, [], 0
-                    self._receive(state.layer, uses)
+                if call is None:
+                    self._add(state, Call(_use(child, saved, gradient)))
+                else:
+                    call.source, call.gradient = saved, gradient
 
             return _Tap.apply(output, self._anchor, inputs[0], take)  # type: ignore[no-any-return, no-untyped-call]
 
-        return hook
+        handles = [child.register_forward_hook(after)]
+        return [child.register_forward_pre_hook(before), *handles] if rounding else handles
+
+    def _finish(
+        self,
+        state: _State,
+        child: nn.Module,
+        call: _Open,
+        gradient: Tensor,
+        rounding: Sequence[InputQuantizer],
+    ) -> None:
+        """Round the inputs of a call, now that the gradients on both of its sides are known."""
+        assert call.source is not None
+        assert call.gradient is not None
+        given, sums = sum_inputs(call.source, gradient, rounding, self._attention)
+        rounded = tuple(_use(child, source, call.gradient) for source in given)
+        self._add(state, Call(_use(child, call.source, call.gradient), rounded, sums))
+
+    def _add(self, state: _State, call: Call) -> None:
+        state.calls.append(call)
+        if len(state.calls) == state.expected:
+            calls, state.calls, state.expected = state.calls, [], 0
+            self._receive(state.layer, calls)
 
     def _refuse_shape(self, name: str, child: nn.Module, output: Tensor) -> None:
         """Refuse an output whose first dimension is not the examples of the batch."""
@@ -154,3 +216,19 @@ class _Tap(torch.autograd.Function):
         (source,) = ctx.saved_tensors
         ctx.take(source, gradients[0])
         return gradients[0], None, None, None
+
+
+class _InputTap(torch.autograd.Function):
+    """Identity before a layer; its backward hands the gradient at the input to `finish`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: Tensor, anchor: Tensor, finish: Callable[[Tensor], None]
+    ) -> Tensor:
+        ctx.finish = finish
+        return source.view_as(source)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.finish(gradients[0])
+        return gradients[0], None, None

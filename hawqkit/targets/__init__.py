@@ -12,6 +12,7 @@ from hawqkit.targets.contract import Target
 TARGETS: dict[str, str] = {
     "compressed-tensors": "hawqkit.targets.compressed_tensors",
     "bits": "hawqkit.targets.bits",
+    "onnx": "hawqkit.targets.onnx",
 }
 
 __all__ = ["TARGETS", "Target", "find_target"]

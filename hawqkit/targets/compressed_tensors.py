@@ -147,8 +147,13 @@ def _layer_problems(layer: Layer, format: Format, stored: set[str]) -> list[str]
             "a checkpoint stores its weight under another name, and packed weights are not "
             f"renamed when they are loaded; {keep}."
         )
+    if format.activation_bits is not None:
+        found.append(
+            "this target writes weights alone, and the layer's inputs would not be quantized; use "
+            f"{format.weights.name!r}, or export 'bits'."
+        )
     if not format.symmetric:
-        plain = format.name.removesuffix("-asym")
+        plain = format.weights.name.removesuffix("-asym")
         found.append(
             "packed zero points do not load (their shapes disagree in compressed-tensors 0.20.0 "
             f"with transformers 5.23); use the symmetric {plain!r}."

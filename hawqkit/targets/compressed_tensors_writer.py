@@ -11,7 +11,8 @@ from torch import Tensor
 from hawqkit.errors import NumericalError, Unsupported
 from hawqkit.formats import Format
 from hawqkit.models.model import LoadedModel
-from hawqkit.quantize.rounding import quantize_weight, scale_dtype_for
+from hawqkit.quantize.of_layer import quantize_layer
+from hawqkit.quantize.rounding import scale_dtype_for
 from hawqkit.records import Allocation, Layer
 from hawqkit.targets import compressed_tensors as layout
 from hawqkit.targets.folders import published
@@ -71,9 +72,7 @@ def _packed_layer(
 ) -> dict[str, Tensor]:
     assert format.bits is not None
     dtype = scale_dtype_for(layer.dtype)
-    quantized = quantize_weight(
-        model.weight(layer.name), format, rounding=rounding, scale_dtype=dtype
-    )
+    quantized = quantize_layer(model, layer.name, format, rounding=rounding, scale_dtype=dtype)
     if not bool(torch.isfinite(quantized.scales).all()):
         raise NumericalError(
             f"layer {layer.name!r}: its weights are too large for scales in {dtype}; load the "

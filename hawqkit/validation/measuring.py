@@ -1,11 +1,11 @@
-"""Run the original and the quantized model over held-out text; keep how each token differs.
+"""Run the original and the quantized model over held-out data; keep how predictions differ.
 
 Letters: S sequences, T positions, V vocabulary, N counted predictions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from hawqkit.costs import available_bytes
 from hawqkit.models.batch import Batch, Data, predictions, refuse_labels
 from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.apply import applied
-from hawqkit.records import Floats, Integers
+from hawqkit.records import ActivationRanges, Floats, Integers
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -28,19 +28,42 @@ KEEP_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class TokenResults:
-    """What one model does on each counted prediction of one text.
+    """What one model does on each counted prediction of one text, or each example of a classifier.
 
     Attributes:
-        sequence: (N,) sequence of the prediction.
+        classes: V.
+        sequence: (N,) sequence, or example, of the prediction.
         kl: (N,) KL(original || this) in nats.
         same_top1: (N,) 1 where the most likely token is the original's.
         loss: (N,) cross-entropy of the true token, in nats.
+        target: (N,) the true token, or class.
+        top1: (N,) the most likely one.
+        probability: (N,) that it has.
     """
 
+    classes: int
     sequence: Integers
     kl: Floats
     same_top1: Floats
     loss: Floats
+    target: Integers
+    top1: Integers
+    probability: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Another model that is measured against the original: the original after tuning, say.
+
+    Attributes:
+        model: of the same predictions.
+        mix: layer -> format, put into it while it is measured.
+        activations: ranges of its layers' inputs, for formats that round them.
+    """
+
+    model: LoadedModel
+    mix: Mapping[str, str]
+    activations: ActivationRanges | None = None
 
 
 def measure_text(
@@ -49,9 +72,12 @@ def measure_text(
     text: Data,
     *,
     rounding: str,
+    activations: ActivationRanges | None = None,
     batch: int = 4,
     track: Track,
     stage: str = "validate",
+    rows: Sequence[int] | None = None,
+    variants: Mapping[str, Variant] | None = None,
 ) -> tuple[TokenResults, dict[str, TokenResults]]:
     """Measure every mix against the original model on one text.
 
@@ -64,24 +90,25 @@ def measure_text(
         mixes: name -> (layer -> format).
         text: held-out sequences, or examples.
         rounding: as in the run that chose.
+        activations: ranges of the layers' inputs, for formats that round them.
         batch: sequences that go through the model together.
         track: shows progress over forward passes.
         stage: the name that progress is shown under.
+        rows: the sequences or examples to measure on; by default all.
+        variants: further models, by name; they are restored too.
 
     Returns:
-        results of the original (its `kl` is zero) and of each mix.
+        results of the original (its `kl` is zero), of each mix and of each variant.
     """
-    batches = list(text.micro_batches(batch))
+    rows = range(len(text)) if rows is None else rows
+    batches = [text.micro_batch(rows[i : i + batch]) for i in range(0, len(rows), batch)]
     vocabulary = _classes(model, text)
     wanted = int(text.facts.counted) * vocabulary * 4
     keep = wanted <= min(KEEP_BYTES, KEEP_SHARE * available_bytes(str(model.device)))
-    passes = iter(
-        track(
-            range(len(batches) * (1 + len(mixes) * (1 if keep else 2))),
-            stage,
-            len(batches) * (1 + len(mixes) * (1 if keep else 2)),
-        )
-    )
+    everything = {n: Variant(model, mix, activations) for n, mix in mixes.items()}
+    everything |= variants or {}
+    total = len(batches) * (1 + len(everything) * (1 if keep else 2))
+    passes = iter(track(range(total), stage, total))
     kept: list[Tensor] = []
     original = []
     for part in batches:
@@ -90,9 +117,9 @@ def measure_text(
         if keep:
             kept.append(logits)
     results = {}
-    for name, mix in mixes.items():
+    for name, one in everything.items():
         parts = []
-        with applied(model, mix, rounding=rounding) as switch:
+        with applied(one.model, one.mix, rounding=rounding, activations=one.activations) as switch:
             for number, part in enumerate(batches):
                 if keep:
                     reference = kept[number]
@@ -100,7 +127,7 @@ def measure_text(
                     switch.original()
                     reference = _counted_logits(model, part, passes)
                     switch.quantized()
-                parts.append(_compare(reference, _counted_logits(model, part, passes), part))
+                parts.append(_compare(reference, _counted_logits(one.model, part, passes), part))
         results[name] = _join(parts)
     next(passes, None)  # lets a progress bar see its end
     return _join(original), results
@@ -128,25 +155,38 @@ def _counted_logits(model: LoadedModel, part: Batch, passes: Iterator[Any]) -> T
 def _compare(original: Tensor, changed: Tensor, part: Batch) -> TokenResults:
     mask = part.predicts
     target = part.targets[mask].to(changed.device)
-    kl, same, loss = [], [], []
+    kl, same, loss, top, sure = [], [], [], [], []
     for start in range(0, len(changed), ROWS):
         rows = slice(start, start + ROWS)
         log_q = changed[rows].log_softmax(-1)
         loss.append(-log_q.gather(1, target[rows, None])[:, 0])
+        top.append(log_q.argmax(-1))
+        sure.append(log_q.gather(1, top[-1][:, None])[:, 0].exp())
         if original is changed:
             kl.append(torch.zeros_like(loss[-1]))
             same.append(torch.ones_like(loss[-1]))
             continue
         log_p = original[rows].log_softmax(-1)
-        same.append((log_p.argmax(-1) == log_q.argmax(-1)).to(log_q.dtype))
+        same.append((log_p.argmax(-1) == top[-1]).to(log_q.dtype))
         kl.append(log_p.exp().mul_(log_p.sub_(log_q)).sum(-1))
     sequence = part.index[:, None].expand_as(mask)[mask]
     return TokenResults(
-        sequence.numpy().astype(np.int64),
-        *(torch.cat(v).double().cpu().numpy() for v in (kl, same, loss)),
+        classes=changed.shape[-1],
+        sequence=sequence.numpy().astype(np.int64),
+        kl=_floats(kl),
+        same_top1=_floats(same),
+        loss=_floats(loss),
+        target=target.cpu().numpy().astype(np.int64),
+        top1=torch.cat(top).cpu().numpy().astype(np.int64),
+        probability=_floats(sure),
     )
 
 
+def _floats(parts: list[Tensor]) -> Floats:
+    return torch.cat(parts).double().cpu().numpy()
+
+
 def _join(parts: list[TokenResults]) -> TokenResults:
-    names = ("sequence", "kl", "same_top1", "loss")
-    return TokenResults(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+    names = ("sequence", "kl", "same_top1", "loss", "target", "top1", "probability")
+    arrays = (np.concatenate([getattr(p, n) for p in parts]) for n in names)
+    return TokenResults(parts[0].classes, *arrays)

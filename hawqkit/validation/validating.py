@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
+from hawqkit.errors import InputError
 from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import (
     Allocation,
+    Classification,
     Floats,
     Integers,
     Measured,
@@ -18,9 +21,10 @@ from hawqkit.records import (
     Validation,
 )
 from hawqkit.statistics import ratio
-from hawqkit.validation.measuring import TokenResults, Track, measure_text
+from hawqkit.validation.classifying import classify
+from hawqkit.validation.measuring import TokenResults, Track, Variant, measure_text
 
-CHOSEN = "chosen"
+CHOSEN, TUNED = "chosen", "tuned"
 
 
 def validate_mixes(
@@ -30,8 +34,10 @@ def validate_mixes(
     *,
     track: Track,
     batch: int = 4,
+    calibration: Data | None = None,
+    tuned: Variant | None = None,
 ) -> Validation:
-    """Measure the chosen mix and every baseline on every text.
+    """Measure the chosen mix and every baseline on every text, or set of labelled examples.
 
     Args:
         model: the original model; it is restored bit for bit.
@@ -39,10 +45,18 @@ def validate_mixes(
         texts: name -> sequences or examples that the choice has not seen.
         track: shows progress.
         batch: sequences that go through the model together.
+        calibration: the labelled examples that chose; the loss on them, beside that on the others,
+            shows how far the data have shifted.
+        tuned: the chosen mix after tuning, measured as one more mix, whose KL is to the original
+            too.
 
     Returns:
         KL, same-top-1 rate, loss and perplexity with standard errors clustered by document, and
-        each baseline's KL minus the chosen mix's, paired by sequence.
+        each baseline's KL minus the chosen mix's, paired by sequence. Of a classifier also
+        accuracy, flips and confusion.
+
+    Raises:
+        InputError: `calibration` has no labels.
     """
     chosen = Mix(
         CHOSEN,
@@ -53,20 +67,34 @@ def validate_mixes(
         allocation.prediction,
     )
     mixes = {m.name: m for m in (chosen, *allocation.baselines)}
+    untuned = {name: m.layers for name, m in mixes.items()}
+    if tuned is not None:
+        mixes[TUNED] = replace(
+            chosen, name=TUNED, about="the chosen mix after tuning", prediction=None
+        )
+    variants = {} if tuned is None else {TUNED: tuned}
+    seen = None
+    if calibration is not None:
+        seen = _on_calibration(model, allocation, calibration, track=track, batch=batch)
     original: dict[str, tuple[float, float]] = {}
     measured: dict[str, dict[str, Measured]] = {name: {} for name in mixes}
+    classification: dict[str, Classification] = {}
     for text_name, text in texts.items():
         first, results = measure_text(
             model,
-            {name: m.layers for name, m in mixes.items()},
+            untuned,
             text,
             rounding=allocation.rounding,
+            activations=allocation.activations,
             batch=batch,
             track=track,
             stage=f"validate on {text_name}",
+            variants=variants,
         )
         clusters = text.document.numpy().astype(np.int64)
         original[text_name] = _mean(first, first.loss, clusters)
+        if text.facts.classes:
+            classification[text_name] = classify(first, results, text, chosen=CHOSEN)
         for name in mixes:
             measured[name][text_name] = _measured(results[name], results[CHOSEN], clusters)
     return Validation(
@@ -77,7 +105,32 @@ def validate_mixes(
             for m in mixes.values()
         ),
         allocation=allocation.sensitivities,
+        classification=classification,
+        calibration=seen,
     )
+
+
+def _on_calibration(
+    model: LoadedModel, allocation: Allocation, data: Data, *, track: Track, batch: int
+) -> Classification:
+    """Return what the original and the chosen mix do with the examples that chose."""
+    if not data.facts.classes:
+        raise InputError(
+            f"calibration: {data.facts.source} has no labels; the loss on what chose is measured "
+            "of classifiers alone. Leave it out for a language model."
+        )
+    first, results = measure_text(
+        model,
+        {CHOSEN: allocation.layers},
+        data,
+        rounding=allocation.rounding,
+        activations=allocation.activations,
+        batch=batch,
+        track=track,
+        stage="validate on calibration",
+        rows=np.flatnonzero(~data.withheld.numpy()).tolist(),
+    )
+    return classify(first, results, data, chosen=CHOSEN, keep=False)
 
 
 def _measured(mix: TokenResults, chosen: TokenResults, clusters: Integers) -> Measured:

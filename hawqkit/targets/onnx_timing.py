@@ -1,0 +1,155 @@
+"""Time ONNX graphs in ONNX Runtime, against each other and against drift."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+
+from hawqkit.errors import HawqkitError
+from hawqkit.records import Floats
+from hawqkit.targets.onnx_parts import EXTRA
+
+# One reading covers so many seconds at least: a clock reads to 0.1 us, and a thread is interrupted
+# for some 10 us now and then.
+READING_SECONDS = 1e-3
+CLOCK = 1e-3  # milliseconds: so well a short time is known
+WARM_UP = 5
+ATTEMPTS = 8  # at a reading that nobody disturbs; of disturbed ones the shortest is taken
+BLOCK = 8  # sessions that are open at once, so that a large model does not fill the memory
+SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+
+Timed = tuple[Any, Mapping[str, Any]]  # a graph and its inputs
+
+
+def runtime_package() -> Any:
+    """Return the `onnxruntime` package.
+
+    Raises:
+        HawqkitError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise HawqkitError(
+            f"latency is measured in ONNX Runtime, which is missing: pip install '{EXTRA}'."
+        ) from error
+    return onnxruntime
+
+
+def open_session(graph: Any, *, threads: int, optimize: bool = True) -> Any:
+    """Return a session on the CPU.
+
+    Matrix products with weights of 4 and 8 bits keep float inputs, as the formats say; by default
+    ONNX Runtime would round these to 8 bits.
+
+    Args:
+        graph: `onnx.ModelProto`.
+        threads: of one operation; operations follow each other.
+        optimize: whether the runtime may fuse nodes.
+    """
+    ort = runtime_package()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors alone
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    for name, value in SETTINGS.items():
+        options.add_session_config_entry(name, value)
+    return ort.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def time_graphs(
+    graphs: Sequence[Timed], *, threads: int, rounds: int, seed: int
+) -> tuple[Floats, Floats]:
+    """Return the median time of one run of each graph, and its standard error, in milliseconds.
+
+    A reading in which the system gave the core to another process is taken again. Graphs are read
+    in turn, in a new order each round, so that what slows the machine for a while slows all of
+    them. They are opened in blocks; the first graph is in every block, and times of a block are
+    multiplied by its median over all blocks over that in the block.
+
+    Args:
+        graphs: `onnx.ModelProto` and its inputs by name.
+        threads: of one operation.
+        rounds: readings of each graph.
+        seed: of the orders.
+
+    Returns:
+        (medians, standard errors), each of the graphs' number.
+    """
+    generator = np.random.default_rng(seed)
+    starts = range(1, max(len(graphs), 2), BLOCK - 1)
+    blocks = [[0, *range(s, min(s + BLOCK - 1, len(graphs)))] for s in starts]
+    readings = [_read_block([graphs[i] for i in b], threads, rounds, generator) for b in blocks]
+    reference = np.median(np.concatenate([r[0] for r in readings]))
+    medians, errors = np.zeros(len(graphs)), np.zeros(len(graphs))
+    for block, times in zip(blocks, readings, strict=True):
+        factor = float(reference / np.median(times[0]))
+        for row, index in enumerate(block[1:], 1):
+            medians[index], errors[index] = _median(times[row] * factor)
+    medians[0], errors[0] = _median(np.concatenate([r[0] for r in readings]))
+    return medians, errors
+
+
+def _read_block(
+    graphs: Sequence[Timed], threads: int, rounds: int, generator: np.random.Generator
+) -> Floats:
+    """Return (graphs, rounds) milliseconds of one run."""
+    sessions = [(open_session(graph, threads=threads), dict(feed)) for graph, feed in graphs]
+    repeats = []
+    for session, feed in sessions:
+        for _ in range(WARM_UP):
+            session.run(None, feed)
+        repeats.append(max(1, round(READING_SECONDS / max(_seconds(session, feed, 2), 1e-7))))
+    times = np.zeros((len(sessions), rounds))
+    for column in range(rounds):
+        for row in generator.permutation(len(sessions)):
+            session, feed = sessions[row]
+            session.run(None, feed)  # brings its weights back into the cache
+            times[row, column] = 1e3 * _undisturbed(session, feed, repeats[row])
+    return times
+
+
+def _undisturbed(session: Any, feed: Mapping[str, Any], repeats: int) -> float:
+    """Return the seconds of one run, read again where another process took the core meanwhile."""
+    least = math.inf
+    for _ in range(ATTEMPTS):
+        before = interruptions()
+        seconds = _seconds(session, feed, repeats)
+        if interruptions() == before:
+            return seconds
+        least = min(least, seconds)
+    return least
+
+
+def interruptions() -> int:
+    """Return how often the system took a core from this process; 0 where it does not tell."""
+    return int(psutil.Process().num_ctx_switches().involuntary)
+
+
+def _seconds(session: Any, feed: Mapping[str, Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        session.run(None, feed)
+    return (time.perf_counter() - start) / repeats
+
+
+def _median(values: Floats) -> tuple[float, float]:
+    """Return the median and its standard error, from the order statistics around it.
+
+    The number of readings below the median is binomial, n/2 +- sqrt(n)/2, so the readings of these
+    two ranks enclose it with the probability of one standard error.
+    """
+    ordered = np.sort(values)
+    n = len(ordered)
+    low = max(0, int(np.floor((n - np.sqrt(n)) / 2)))
+    high = min(n - 1, int(np.ceil((n + np.sqrt(n)) / 2)))
+    return float(np.median(ordered)), float(ordered[high] - ordered[low]) / 2

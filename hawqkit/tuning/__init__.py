@@ -1,0 +1,1 @@
+"""Quantization-aware fine-tuning: train what rounding will leave of a network."""
