@@ -161,9 +161,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1, 3], help="n of 6 n + 2 layers")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for n in (1, 3):
+    for n in options.blocks:
         model, examples = build(n, options.batch)
         start = time.perf_counter()
         table = hk.measure_latency(

@@ -12,6 +12,8 @@ from typing import Any
 from hawqkit.errors import HawqkitError, StateMismatch
 from hawqkit.store import Arrays, fingerprint, read_arrays, to_json, write_arrays, write_text_atomic
 
+_ADVICE = "Choose another run folder (--output), or remove this one to measure again."
+
 
 class Journal:
     """Micro-batch results in a folder, guarded by the facts that they depend on.
@@ -19,14 +21,18 @@ class Journal:
     Args:
         folder: is made if it is missing.
         facts: everything the results depend on: model, data, formats, seeds, batch size.
+        advice: what to do where the folder holds results of other facts.
 
     Raises:
         StateMismatch: the folder holds results of other facts; the message says which differ.
     """
 
-    def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: str | Path, facts: Mapping[str, Any], *, advice: str = _ADVICE
+    ) -> None:
         self.folder = Path(folder)
         self.facts = dict(facts)
+        self._advice = advice
         self.fingerprint = fingerprint(self.facts)
         self._check_facts()
 
@@ -60,7 +66,7 @@ class Journal:
             raise StateMismatch(
                 f"{self.folder}: was measured with something else; what differs:\n  - "
                 + "\n  - ".join(lines)
-                + "\nChoose another run folder (--output), or remove this one to measure again."
+                + f"\n{self._advice}"
             )
 
     def read(self, batch: int) -> Arrays | None:

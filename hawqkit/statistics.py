@@ -104,7 +104,8 @@ def wilson(part: float, count: float) -> tuple[float, float]:
     middle = part + z * z / (2 * count)
     half = z * np.sqrt(part * (1 - part) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
-    return max(float((middle - half) / scale), 0.0), min(float((middle + half) / scale), 1.0)
+    low = 0.0 if part == 0 else float((middle - half) / scale)
+    return low, 1.0 if part == 1 else float((middle + half) / scale)
 
 
 def _expand(small: Array, like: Array) -> Array:

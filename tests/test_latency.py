@@ -118,6 +118,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
     monkeypatch.setattr(onnx_timing, "open_session", made.session)
     monkeypatch.setattr(onnx_timing.time, "perf_counter", lambda: made.now)
+    monkeypatch.setattr(onnx_timing.time, "thread_time", lambda: made.now)
     monkeypatch.setattr(onnx_timing, "interruptions", lambda: 0)
     return made
 

@@ -177,8 +177,10 @@ def test_size_of_a_batch_changes_nothing_but_rounding() -> None:
 
 def test_wilson_ends_are_where_the_score_test_just_refuses() -> None:
     for part, count in ((0.5, 20), (0.95, 300), (0.0, 7), (1.0, 7)):
-        for end in wilson(part, count):
-            if 0 < end < 1:
+        ends = wilson(part, count)
+        assert ends[0] < ends[1]
+        for end in ends:
+            if end not in (0.0, 1.0):
                 z = abs(part - end) / np.sqrt(end * (1 - end) / count)
                 assert z == pytest.approx(1.959964, rel=1e-5)
     assert wilson(1.0, 7)[1] == 1.0
@@ -244,8 +246,7 @@ def test_classes_are_those_that_the_model_tells_apart_and_names_fit_them() -> No
 
 def test_language_models_have_no_classes_and_take_no_calibration() -> None:
     model = hk.wrap_model(pico.llama(), name="llama")
-    text = pico.sequences(documents=4) if hasattr(pico, "sequences") else None
-    assert text is not None
+    text = pico.sequences()
     sensitivities = hk.probe(model, text, ["int4-channel", "int8-channel"])
     allocation = hk.allocate(sensitivities, average_bits=8, baselines=(), draws=0)
     validation = hk.validate(model, allocation, text)
@@ -278,7 +279,8 @@ def test_large_thumbnails_are_made_small_and_keep_their_shape() -> None:
     found = np.asarray(opened(picture)).astype(float)
     assert found.shape == (SIDE // 2, SIDE)
     assert np.abs(found - found[0]).max() == 0
-    assert np.abs(np.diff(found[0]) - 255 / (SIDE - 1)).max() <= 1.5  # a ramp stays a ramp
+    steps = np.diff(found[0])[2:-2]  # a ramp stays a ramp, but where the filter meets the edges
+    assert np.abs(steps - 255 / (SIDE - 1)).max() <= 1.05  # two roundings to whole numbers
 
 
 def test_pictures_with_channels_last_and_of_one_value_are_drawn() -> None:

@@ -7,7 +7,9 @@ is solved by the same exact solver within the same average bits, is rounded in t
 measured on the same held-out examples. A seed draws the calibration examples and, where a subject
 is trained from one, the network.
 
-    ours          the score that `auto` stands for
+    ours          what `hk.allocate` does by default: the score that `auto` stands for, with half of
+                  what layers do together
+    sum           the same score without interactions
     uniform       one width; where the budget lies between two widths, layers in the model's order
                   take the wider one so that its share is the same all the way (`spread`)
     ends          8 bits in the first and the last layer, `uniform` between them, at the same size
@@ -149,10 +151,10 @@ def examples(subject: Subject, arrays: Arrays, part: str, withheld: int = 0) -> 
 def choose(table: Sensitivities, bits: float, further: Sequence[str]) -> dict[str, Mix]:
     """Return way to choose -> mix, all within the same average bits."""
     layers = table.layers
-    scores = {OURS: table.auto, "weight-error": "weight-error", "trace": "trace"}
+    scores = {"sum": table.auto, "weight-error": "weight-error", "trace": "trace"}
     scores |= {name: score for name, score in HESSIAN.items() if score in table.scores}
     scores |= {name: name for name in further}
-    mixes = {}
+    mixes = {OURS: hk.allocate(table, average_bits=bits, draws=0, baselines=()).layers}
     for name, score in scores.items():
         values = to_array(table.scores[score].values)
         mixes[name] = allocate_table(layers, FORMATS, values, budgets={"average_bits": bits}).layers

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hawqkit.allocation.score_tables import ScoreTable, read_scores, table_problem
     from hawqkit.allocation.sizes import mix_totals, totals
     from hawqkit.allocation.smallest import Smallest, solve_smallest, stored_resource
-    from hawqkit.allocation.stability import keep_shares
+    from hawqkit.allocation.stability import keep_shares, shares_of_choices
 
 __all__ = [
     "BASELINES",
@@ -52,6 +52,7 @@ __all__ = [
     "read_latencies",
     "read_scores",
     "shape_key",
+    "shares_of_choices",
     "solve",
     "solve_by_enumeration",
     "solve_smallest",
@@ -82,7 +83,7 @@ _MODULES = {
     "score_tables": ("ScoreTable", "read_scores", "table_problem"),
     "sizes": ("mix_totals", "totals"),
     "smallest": ("Smallest", "solve_smallest", "stored_resource"),
-    "stability": ("keep_shares",),
+    "stability": ("keep_shares", "shares_of_choices"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -12,6 +12,7 @@ from hawqkit.errors import InputError
 from hawqkit.records import Floats, Integers
 
 Resample = Callable[[np.random.Generator], Floats]
+Choose = Callable[[np.random.Generator], Integers]
 
 
 def keep_shares(
@@ -42,10 +43,33 @@ def keep_shares(
     """
     if draws < 1:
         raise InputError(f"draws = {draws}: stability needs at least one.")
+
+    def choose(generator: np.random.Generator) -> Integers:
+        return solve(with_scores(problem, resample(generator)), gap=gap).choice
+
+    return shares_of_choices(problem, choice, choose, draws=draws, generator=generator)
+
+
+def shares_of_choices(
+    problem: Problem,
+    choice: Integers,
+    choose: Choose,
+    *,
+    draws: int,
+    generator: np.random.Generator,
+) -> dict[str, float]:
+    """Return layer name -> share of `draws` choices in which the layer has the format of `choice`.
+
+    Args:
+        problem: the problem that was solved.
+        choice: (G,) its solution.
+        choose: makes one choice (G,) by the whole procedure, from data drawn again.
+        draws: number of choices.
+        generator: source of randomness; handed to `choose`.
+    """
     same = np.zeros(len(problem.groups), dtype=np.int64)
     for _ in range(draws):
-        again = solve(with_scores(problem, resample(generator)), gap=gap)
-        same += again.choice == choice
+        same += choose(generator) == choice
     shares = {}
     for members, count in zip(problem.groups, same, strict=True):
         for index in members:

@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     help="Standard deviations added to every score.",
 )
 @click.option(
+    "--interactions/--no-interactions",
+    default=None,
+    help="Whether what layers do together enters the choice.",
+)
+@click.option(
     "-o",
     "--output",
     metavar="FILE",
@@ -56,6 +61,7 @@ def allocate(
     runtime: str | None,
     score: str | None,
     risk: float | None,
+    interactions: bool | None,
     output: Path | None,
 ) -> None:
     """Choose again from the sensitivities of a run folder, or from a TABLE of anyone's scores.
@@ -71,6 +77,7 @@ def allocate(
             "--runtime": runtime,
             "--score": score,
             "--risk": risk,
+            "--interactions": interactions,
         }
         _allocate_table(source, budgets, output, [k for k, v in given.items() if v is not None])
         return
@@ -88,6 +95,7 @@ def allocate(
         risk=risk,
         output=output,
         latency_table=latency_table,
+        interactions=interactions,
     )
     click.echo(describe(allocation))
     click.echo(f"written to {output or source / 'allocation.json'}")
@@ -123,11 +131,17 @@ def describe(allocation: Allocation) -> str:
     lines = [
         taken + sizes,
         "layers: " + ", ".join(f"{n} x {name}" for name, n in sorted(widths.items())),
-        f"score {allocation.score}: {allocation.objective:.5f} nats, relative gap {gap:.1e}",
+        f"score {allocation.score}: {allocation.objective:.5f} nats"
+        + ("" if allocation.interactions else f", relative gap {gap:.1e}"),
     ]
     if allocation.prediction is not None:
         p = allocation.prediction
         lines.append(f"predicted KL {p.kl:.5f} +- {p.kl_stderr:.5f} nats, from withheld sequences")
+        if allocation.interactions:
+            lines.append(
+                f"with what layers do together: {p.joint:.5f} +- {p.joint_stderr:.5f} nats; it "
+                f"entered the choice, gap {gap:.1e}"
+            )
         if p.spread is not None:
             lines.append(
                 f"spread {100 * p.spread:.1f} %: so far the KL of a mix scatters about its "

@@ -7,30 +7,26 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from hawqkit.allocation import (
     Allocated,
     SizeTable,
     allocate_table,
-    keep_shares,
     make_baselines,
-    solve,
     sweep_frontier,
-    with_scores,
 )
 from hawqkit.allocation.resources import LATENCY
 from hawqkit.errors import InputError
 from hawqkit.formats import with_activations
 from hawqkit.pipeline.folder import RunFolder
+from hawqkit.pipeline.interacting import AUTO, share_of, with_interactions
 from hawqkit.pipeline.kl_limit import find_smallest
 from hawqkit.pipeline.latency import latency_costs
+from hawqkit.pipeline.resampling import indivisible, stability, with_cross_fit
 from hawqkit.pipeline.risk import compare_risk, risked
 from hawqkit.records import (
     Allocation,
     Floats,
     Frontier,
-    Integers,
     KlBudget,
     Layer,
     Mix,
@@ -42,22 +38,12 @@ from hawqkit.records import (
 )
 from hawqkit.sensitivity.confidence import MAX_PREDICTED_KL, KlLimit
 from hawqkit.sensitivity.curvature_scores import (
-    CURVATURE_SCORES,
-    deviation_of,
     lacking,
-    resample_shards,
 )
-from hawqkit.sensitivity.participation import participation_ratios
-from hawqkit.sensitivity.prediction import cross_fitted, predict
+from hawqkit.sensitivity.prediction import predict
 from hawqkit.sensitivity.scores import (
-    evaluate,
-    evaluate_totals,
     resolve_score,
-    sums_of,
-    with_risk,
 )
-from hawqkit.sensitivity.summary import facts_of
-from hawqkit.statistics import bootstrap_weights
 from hawqkit.store import write_record
 from hawqkit.targets import find_target
 
@@ -79,6 +65,7 @@ class ChoiceSettings:
         seed: of the resampling.
         latency_table: file that says how long each layer takes in each format.
         groups: layer name -> key; layers with the same key share a format, whatever the runtime.
+        interactions: whether what layers do together enters the choice; `auto`, see `share_of`.
     """
 
     budgets: Mapping[str, float]
@@ -93,6 +80,7 @@ class ChoiceSettings:
     max_predicted_kl: KlLimit | None = None
     latency_table: str | Path | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
+    interactions: str | bool = AUTO
 
     def asked(self) -> dict[str, float]:
         """Return every limit by its name, that on the KL in nats."""
@@ -118,6 +106,13 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         settings.targets, sensitivities.layers, sensitivities.formats, sensitivities.model
     )
     found, kept = _solve(sensitivities, settings, name, tables)
+    share = share_of(
+        sensitivities,
+        settings.interactions,
+        settings.score,
+        limits_kl=settings.max_predicted_kl is not None,
+    )
+    found = with_interactions(found, sensitivities.samples, share, tables)
     baselines, warnings = make_baselines(
         found.problem,
         list(settings.baselines),
@@ -126,14 +121,14 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         size_tables=tables,
     )
     other = compare_risk(sensitivities, found, name, settings.risk, tables)
-    if settings.draws and _indivisible(sensitivities, name):
+    if settings.draws and indivisible(sensitivities, name):
         warnings = (*warnings, f"stability is not known: {name} was measured in a single shard.")
     prediction = None
     samples: Samples | None = sensitivities.samples
     if samples is not None and sensitivities.withheld:
         predicted = partial(predict, samples, sensitivities.layers, sensitivities.formats)
-        prediction = _with_cross_fit(
-            sensitivities, samples, settings, name, found, predicted(found.layers)
+        prediction = with_cross_fit(
+            sensitivities, samples, settings, name, found, predicted(found.layers), share
         )
         baselines = tuple(_foretold(mix, predicted) for mix in baselines)
         if other is not None:
@@ -145,10 +140,11 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         runtime=settings.runtime,
         score=name,
         risk=settings.risk,
-        objective=found.solution.objective,
+        objective=found.problem.objective(found.solution.choice),
         certificate=found.solution.certificate,
         prediction=prediction,
-        stability=_stability(sensitivities, settings, name, found),
+        stability=stability(sensitivities, settings, name, found, share),
+        interactions=share,
         baselines=baselines,
         model=sensitivities.model.hash,
         sensitivities=sensitivities.fingerprint,
@@ -170,6 +166,7 @@ def allocate_run(
     output: str | Path | None = None,
     max_predicted_kl: KlLimit | None = None,
     latency_table: str | Path | None = None,
+    interactions: bool | None = None,
 ) -> Allocation:
     """Choose again from a saved run, without torch; what is not given comes from its recipe.
 
@@ -182,6 +179,7 @@ def allocate_run(
         output: a file to write the allocation to, instead of the run's own allocation.json.
         max_predicted_kl: the smallest mix within this limit on the predicted KL.
         latency_table: for the limit on `latency_ms`, instead of the recipe's.
+        interactions: whether what layers do together enters the choice, instead of the recipe's.
     """
     run = RunFolder(Path(folder))
     settings = recipe_choice(run)
@@ -198,6 +196,7 @@ def allocate_run(
         latency_table=latency_table or settings.latency_table,
         runtime=runtime or settings.runtime,
         score=score or settings.score,
+        interactions=settings.interactions if interactions is None else interactions,
         risk=settings.risk if risk is None else risk,
     )
     allocation, frontier = choose(run.read_sensitivities(), settings)
@@ -217,6 +216,7 @@ def recipe_choice(run: RunFolder) -> ChoiceSettings:
         latency_table=recipe.budget.latency_table(),
         runtime=recipe.runtime,
         score=recipe.sensitivity.score,
+        interactions=recipe.sensitivity.interactions,
         risk=recipe.sensitivity.risk,
         targets=tuple(
             dict.fromkeys((*recipe.export, *([recipe.counted_target()] if counts else [])))
@@ -305,88 +305,3 @@ def _solve(
 
 def _foretold(mix: Mix, predicted: Callable[[Mapping[str, str]], Prediction]) -> Mix:
     return replace(mix, prediction=predicted(mix.layers))
-
-
-def _table_from(
-    sensitivities: Sensitivities,
-    samples: Samples,
-    settings: ChoiceSettings,
-    name: str,
-    rows: Integers,
-    weights: Floats | None = None,
-) -> Floats:
-    """Return the table that the procedure would have made of these sequences alone."""
-    sums = sums_of(samples, rows, weights)
-    facts = facts_of(sensitivities)
-    if settings.risk == 0:
-        return evaluate_totals(name, sums, facts)
-    values, stderr = evaluate(name, sums, facts)
-    ratios = participation_ratios(samples)[0]
-    return with_risk(name, values, stderr, ratios, settings.risk)
-
-
-def _with_cross_fit(
-    sensitivities: Sensitivities,
-    samples: Samples,
-    settings: ChoiceSettings,
-    name: str,
-    found: Allocated,
-    prediction: Prediction,
-) -> Prediction:
-    """Cross-fit the choice within the budgets, and within the size that a limit on the KL gave."""
-    if name in CURVATURE_SCORES:
-        return prediction  # it is not made from the sequences that folds are cut from
-
-    def mix_from(rows: Integers) -> Mapping[str, str]:
-        table = _table_from(sensitivities, samples, settings, name, rows)
-        return found.problem.mix(solve(with_scores(found.problem, table)).choice)
-
-    value, stderr = cross_fitted(samples, sensitivities.layers, sensitivities.formats, mix_from)
-    if not np.isfinite([value, stderr]).all():
-        return prediction
-    return replace(prediction, cross_fitted=value, cross_fitted_stderr=stderr)
-
-
-def _stability(
-    sensitivities: Sensitivities, settings: ChoiceSettings, name: str, found: Allocated
-) -> dict[str, float]:
-    samples: Samples | None = sensitivities.samples
-    if samples is None or not settings.draws or _indivisible(sensitivities, name):
-        return {}
-    return keep_shares(
-        found.problem,
-        found.solution.choice,
-        _resampler(sensitivities, samples, settings, name),
-        draws=settings.draws,
-        generator=np.random.default_rng(settings.seed),
-    )
-
-
-def _indivisible(sensitivities: Sensitivities, name: str) -> bool:
-    """Whether a score was measured in one piece, of which there is nothing to draw again."""
-    curvature = sensitivities.curvature
-    return name in CURVATURE_SCORES and curvature is not None and len(curvature.counts) < 2
-
-
-def _resampler(
-    sensitivities: Sensitivities, samples: Samples, settings: ChoiceSettings, name: str
-) -> partial[Floats]:
-    return partial(_resampled, sensitivities, samples, settings, name)
-
-
-def _resampled(
-    sensitivities: Sensitivities,
-    samples: Samples,
-    settings: ChoiceSettings,
-    name: str,
-    generator: np.random.Generator,
-) -> Floats:
-    if name in CURVATURE_SCORES:
-        values = resample_shards(sensitivities, name, generator)
-        stderr = to_array(sensitivities.scores[name].stderr)
-        ratios = to_array(sensitivities.participation_ratio)
-        own = deviation_of(sensitivities, name)
-        return with_risk(name, values, stderr, ratios, settings.risk, own)
-    rows = np.flatnonzero(samples.withheld == 0)
-    weights = bootstrap_weights(samples.document[rows], generator)
-    return _table_from(sensitivities, samples, settings, name, rows, weights)

@@ -246,7 +246,10 @@ class RunFolder:
             return None
         found = read_record(self.validation, Validation)
         texts = set(found.texts)
-        if not found.mixes or not texts or any(set(m.measured) != texts for m in found.mixes):
+        names = {m.name for m in found.mixes}
+        apart = any(set(c.mixes) != names for c in found.classification.values())
+        odd = any(set(m.measured) != texts for m in found.mixes)
+        if not names or not texts or odd or apart or not set(found.classification) <= texts:
             raise StateMismatch(
                 f"{self.validation}: does not hold every mix on every text; restore the file, or "
                 f"run `hawqkit validate {self.path}`."

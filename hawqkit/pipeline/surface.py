@@ -30,9 +30,14 @@ def allocate(
     max_predicted_kl: float | Mapping[str, float] | None = None,
     latency_table: str | Path | None = None,
     groups: Mapping[str, str] | None = None,
+    interactions: bool | str = "auto",
     **budgets: float,
 ) -> Allocation:
     """Choose the format of every layer: minimize the summed score within all budgets, exactly.
+
+    With interactions what two layers' errors do together is added, and the optimum of the sum is
+    improved by changing one or two layers at a time; the certificate then holds a proven bound and
+    the gap to it.
 
     With `max_predicted_kl` it is the size that is minimized: the smallest mix whose predicted KL
     stays at or below the limit,
@@ -57,6 +62,8 @@ def allocate(
         latency_table: CSV file with the columns `layer` or `shape`, `format`, `milliseconds`, which
             `latency_ms` needs.
         groups: layer name -> key; layers with the same key share a format, whatever the runtime.
+        interactions: whether what layers do together enters the choice; `auto` for classifiers,
+            where the best score chooses and the KL is not limited.
         **budgets: `average_bits`, `bits_per_weight`, `size` (bytes), `bops` (multiply-accumulates x
             weight bits x activation bits, for one example), `latency_ms`; several hold together.
 
@@ -85,6 +92,7 @@ def allocate(
         draws=draws,
         latency_table=latency_table,
         groups=groups or {},
+        interactions=interactions,
     )
     return choose(sensitivities, settings)[0]
 
@@ -126,15 +134,20 @@ def validate(
     Raises:
         InputError: `calibration` has no labels.
     """
-    from hawqkit.sensitivity.probing import untracked
+    from hawqkit.sensitivity.probing import MOST_EXAMPLES, untracked
     from hawqkit.validation.validating import validate_mixes
 
     texts = {"held-out": held_out, **other_texts}
+    batch = 4
+    if all(text.facts.classes for text in texts.values()):
+        longest = max(text.facts.length for text in texts.values())
+        batch = min(MOST_EXAMPLES, max(batch, 1024 // longest))
     return validate_mixes(
         model,
         allocation,
         texts,
         track=untracked,
+        batch=batch,
         calibration=calibration,
         tuned=tuned.variant() if tuned is not None else None,
     )

@@ -69,8 +69,9 @@ def tune_run(folder: str | Path, overrides: Sequence[str] = ()) -> Tuning:
         hashes = {"model": inputs.model.facts.hash, "tune": data.facts.hash}
         seeds = {"calibration": recipe.calibration.seed, "tune": _section(recipe).seed}
         ledger = Ledger(run, seeds, hashes)
-        ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
         found = tune_stage(recipe, run, inputs, data, allocation, ledger, console)
+        # Not before the folder has been found to be of this model, data and settings.
+        ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)

@@ -114,6 +114,10 @@ class SensitivitySection(Section):
     )
     seed: StrictInt = Field(default=0, ge=0, description="seed of the labels that the model draws")
     risk: Number = Field(default=0.0, ge=0, description="standard deviations added to every score")
+    interactions: StrictBool | Literal["auto"] = Field(
+        default="auto",
+        description="whether what layers do together enters the choice; auto: for classifiers",
+    )
     also: Annotated[tuple[CurvatureScoreName, ...], AfterValidator(distinct)] = Field(
         default=(),
         description="scores of the true Hessian to measure beside the one that decides",

@@ -164,6 +164,8 @@ class Allocation:
         other_risk: the mix of another risk, None where a deviation that it needs is not known.
         activations: ranges of the layers' inputs, None where no format rounds inputs; in memory
             only, since they have a file of their own.
+        interactions: how much of what layers do together entered the choice; the certificate's
+            objective and bound are with them, `objective` without. 0 for none.
     """
 
     layers: dict[str, str]
@@ -183,6 +185,7 @@ class Allocation:
     warnings: tuple[str, ...] = ()
     kl_budget: KlBudget | None = None
     other_risk: OtherRisk | None = None
+    interactions: float = 0.0
     schema: int = SCHEMA
     activations: ActivationRanges | None = field(default=None, repr=False, metadata={"json": False})
 

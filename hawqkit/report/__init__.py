@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         result_tables,
         sensitivities_table,
     )
-    from hawqkit.report.tuning_tables import tuning_tables
+    from hawqkit.report.tuned import tuning_tables
 
 _HOME = {
     "render_report": "html",
@@ -33,7 +33,7 @@ _HOME = {
     "print_summary": "tables",
     "result_tables": "tables",
     "sensitivities_table": "tables",
-    "tuning_tables": "tuning_tables",
+    "tuning_tables": "tuned",
 }
 
 __all__ = [

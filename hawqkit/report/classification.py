@@ -12,7 +12,9 @@ from hawqkit.report.accuracy import accuracy_rows, losing_classes
 from hawqkit.report.comparison import texts_of
 from hawqkit.report.confusion_figure import confusion_figure
 from hawqkit.report.nouns import Nouns
-from hawqkit.report.wording import percent, shorten
+from hawqkit.report.wording import percent, short_class
+
+LONGEST = 32  # characters of a class's name under a picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ def classification_view(validation: Validation | None, nouns: Nouns) -> list[dic
 
 def _flip(found: Classification, flip: Flip) -> FlipView:
     def name(index: int) -> str:
-        return shorten(found.name_of(index), 40)
+        return short_class(found.name_of(index), LONGEST)
 
     return FlipView(
         str(flip.index),

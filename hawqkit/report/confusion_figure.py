@@ -21,13 +21,14 @@ from hawqkit.report.style import (
     styled,
     to_svg,
 )
-from hawqkit.report.wording import shorten
+from hawqkit.report.wording import short_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
 
 WIDTH = 9.6
+LONGEST = 16  # characters of a class's name
 MOST_COLUMNS = 10  # beside which all other classes share one
 CHANGE_MAP = "PuOr_r"  # orange is more, purple is fewer; both ends differ in lightness from white
 OTHERS = "others"
@@ -49,7 +50,7 @@ def confusion_figure(found: Classification, rows: Sequence[int], place: int = 0)
     before = found.original.confusion.to_array()
     change = found.chosen.confusion.to_array() - before
     columns = shown_columns(change, rows)
-    names = [label(shorten(found.name_of(c), 16)) for c in columns]
+    names = [label(short_class(found.name_of(c), LONGEST)) for c in columns]
     panels = [_some(table, rows, columns) for table in (before, change)]
     if not any(table[:, -1].any() for table in panels):
         panels = [table[:, :-1] for table in panels]
@@ -73,7 +74,9 @@ def confusion_figure(found: Classification, rows: Sequence[int], place: int = 0)
                 range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor"
             )
             panel.set_xlabel("taken for")
-        axes[0].set_yticks(range(len(rows)), [label(shorten(found.name_of(c), 16)) for c in rows])
+        axes[0].set_yticks(
+            range(len(rows)), [label(short_class(found.name_of(c), LONGEST)) for c in rows]
+        )
         axes[0].set_ylabel("true class")
         return to_svg(figure, f"confusion-{place}", "Confusion of the classes that lose most")
 

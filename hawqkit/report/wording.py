@@ -179,6 +179,16 @@ def shorten(name: str, width: int) -> str:
     return name[:head] + ELLIPSIS + name[len(name) - (width - 1 - head) :]
 
 
+def short_class(name: str, width: int) -> str:
+    """Return a class's name of at most `width` characters: its first synonym, cut at its end.
+
+    >>> short_class("hammerhead, hammerhead shark", 16), short_class("black-footed ferret", 12)
+    ('hammerhead', 'black-foote…')
+    """
+    first = clean(name).split(", ")[0]
+    return first if len(first) <= width else first[: width - 1] + ELLIPSIS
+
+
 def scale_of_ten(values: list[float]) -> int:
     """Return the power of ten, a multiple of 3, in whose units the largest lies in [1, 1000).
 

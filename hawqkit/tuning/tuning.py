@@ -132,10 +132,15 @@ def _trained(
         data,
         settings,
         model.device,
-        None if folder is None else Journal(Path(folder) / CHECKPOINTS, facts),
+        None if folder is None else _journal(folder, facts),
         track,
     ).run()
     moved, warnings = learned_scales(student)
+    if settings.learns_inputs and not student.inputs:
+        warnings = (
+            *warnings,
+            "tune: learned_scales asks for scales of inputs too, and the mix rounds no inputs.",
+        )
     found, unrounded, ranges = finish(student, model, activations)
     record = Tuning(
         model=model.facts.hash,
@@ -173,6 +178,17 @@ def _compare(
     return result
 
 
+def _journal(folder: str | Path, facts: Mapping[str, Any]) -> Journal:
+    """Return the checkpoints of a folder.
+
+    Raises:
+        StateMismatch: they are of another run; says what differs.
+    """
+    place = Path(folder)
+    advice = f"Tune into another folder, or remove {place} to tune anew."
+    return Journal(place / CHECKPOINTS, facts, advice=advice)
+
+
 def _finished(
     folder: str | Path | None,
     facts: Mapping[str, Any],
@@ -186,7 +202,7 @@ def _finished(
     """
     if folder is None or not (Path(folder) / RECORD).exists():
         return None
-    Journal(Path(folder) / CHECKPOINTS, facts)  # refuses another run, and says what differs
+    _journal(folder, facts)  # refuses another run, and says what differs
     try:
         found = load_tuned(folder, model, allocation)
     except InputError:

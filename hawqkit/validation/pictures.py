@@ -56,12 +56,13 @@ def _pixels(data: Data) -> Tensor | None:
 
 def _stretched(picture: Tensor) -> NDArray[np.uint8]:
     """Return one picture (C, H, W) as bytes (H, W, C), its longer side at most SIDE."""
-    values = picture.to(torch.float64)
+    values = picture.detach().to(torch.float64)
     height, width = values.shape[1:]
     longer = max(height, width)
     if longer > SIDE:
         size = [max(round(side * SIDE / longer), 1) for side in (height, width)]
-        values = torch.nn.functional.adaptive_avg_pool2d(values, (size[0], size[1]))
+        resize = torch.nn.functional.interpolate
+        values = resize(values[None], size, mode="bilinear", antialias=True)[0]
     low, high = values.min(), values.max()
     values = (values - low) / (high - low) if high > low else torch.full_like(values, 0.5)
     return np.ascontiguousarray((255 * values).round().permute(1, 2, 0).numpy().astype(np.uint8))

@@ -1,0 +1,79 @@
+"""Whether interactions between layers enter a choice, and how. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from hawqkit.allocation import Allocated, Problem, mix_totals
+from hawqkit.allocation.exact import Solution, solve
+from hawqkit.allocation.interactions import refine
+from hawqkit.allocation.resources import SizeTable
+from hawqkit.errors import InputError
+from hawqkit.records import Floats, Integers, Samples, Sensitivities
+from hawqkit.sensitivity.layer_interactions import SHARE, interactions_of
+
+AUTO = "auto"
+
+
+def share_of(
+    sensitivities: Sensitivities, asked: str | bool, score: str, *, limits_kl: bool
+) -> float:
+    """Return how much of the interactions enters the choice, 0 for none.
+
+    `auto` takes them for classifiers, whose layers interact most, where the probe's best score
+    chooses; a score that was asked for by name chooses as it was published.
+
+    Raises:
+        InputError: they were asked for, and there are no samples or a limit on the KL.
+    """
+    if asked is False:
+        return 0.0
+    missing = sensitivities.samples is None
+    if asked is True:
+        if missing or limits_kl:
+            why = (
+                "this table has none of the probe's samples"
+                if missing
+                else ("max_predicted_kl searches sizes by sums over layers")
+            )
+            raise InputError(f"interactions cannot enter this choice: {why}; leave them out.")
+        return SHARE
+    good = score == AUTO and sensitivities.data.classes > 0
+    return SHARE if good and not missing and not limits_kl else 0.0
+
+
+def solved(
+    problem: Problem,
+    samples: Samples | None,
+    share: float,
+    rows: Integers | None = None,
+    weights: Floats | None = None,
+) -> Solution:
+    """Return the solution of a problem, with interactions if there is a share of them.
+
+    Args:
+        problem: the table and the budgets.
+        samples: of the probe, needed for interactions.
+        share: see `share_of`.
+        rows: the examples that choose, default all that are not withheld.
+        weights: (S,) multiplicity of each.
+    """
+    start = solve(problem)
+    if share == 0.0 or samples is None:
+        return start
+    rows = np.flatnonzero(samples.withheld == 0) if rows is None else rows
+    return refine(problem, start, interactions_of(samples, problem.groups, rows, weights, share))
+
+
+def with_interactions(
+    found: Allocated, samples: Samples | None, share: float, tables: tuple[SizeTable, ...]
+) -> Allocated:
+    """Return what was allocated, improved with interactions if there is a share of them."""
+    if share == 0.0:
+        return found
+    solution = solved(found.problem, samples, share)
+    totals = mix_totals(found.problem, solution.choice, tables)
+    mix = found.problem.mix(solution.choice)
+    return replace(found, layers=mix, solution=solution, totals=totals)
