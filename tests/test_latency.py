@@ -145,7 +145,7 @@ def test_a_steady_machine_is_read_exactly_and_in_changing_orders(machine: Machin
     assert len(set(rounds)) > 3
 
 
-def test_interruptions_of_a_few_readings_do_not_move_the_median(machine: Machine) -> None:
+def test_interruptions_of_a_few_readings_do_not_move_the_time(machine: Machine) -> None:
     calls = iter(range(10**6))
     machine.slow = lambda now: 50.0 if next(calls) % 11 == 0 else 1.0
     times, _ = onnx_timing.time_graphs(graphs(4), threads=1, rounds=31, seed=0)

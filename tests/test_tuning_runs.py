@@ -41,7 +41,7 @@ def loss_of(model: LoadedModel, data) -> float:
 
 
 def test_tuning_wins_back_what_rounding_lost_and_leaves_the_original_alone() -> None:
-    model, data, held_out = small_model(), small_data(256), small_data(128, seed=9)
+    model, data, held_out = small_model(), small_data(192), small_data(128, seed=9)
     before = {n: t.clone() for n, t in model.module.state_dict().items()}
     ranges = ranges_of(model, data, 3)
     mix = uniform(model, "w2a3")
@@ -54,7 +54,7 @@ def test_tuning_wins_back_what_rounding_lost_and_leaves_the_original_alone() -> 
         assert won > lost + 0.05
         curve = tuned.record.curve.loss
         assert np.mean(curve[-8:]) < np.mean(curve[:8])
-        assert len(curve) == tuned.record.steps == 4 * 256 / 16
+        assert len(curve) == tuned.record.steps == 4 * 192 / 16
     assert all(torch.equal(t, model.module.state_dict()[n]) for n, t in before.items())
     assert type(tuned.model.module) is type(model.module)
     assert list(tuned.model.module.state_dict()) == list(before)
@@ -103,7 +103,7 @@ def hk_bits(name: str) -> int:
 
 
 def plain_training(model: LoadedModel, data, rows: list[list[int]], rates: list[float]) -> Tensor:
-    """Train by hand with `w + (q - w).detach()`: straight through wherever nothing is clipped."""
+    """Train by hand with `w + (q - w).detach()`: straight through, since nothing is clipped."""
     net = copy.deepcopy(model.module).requires_grad_(True)
     names = [layer.name for layer in model.layers]
     masters = {n: net.get_submodule(n).weight for n in names}
@@ -116,9 +116,10 @@ def plain_training(model: LoadedModel, data, rows: list[list[int]], rates: list[
         for name, master in masters.items():
             flat = master.detach().reshape(len(master), -1)
             made = quantize_weight(
-                flat, parse("int8-channel"), rounding="nearest", scale_dtype=torch.bfloat16
+                flat, parse("int8-channel-asym"), rounding="nearest", scale_dtype=torch.bfloat16
             )
-            values = (made.codes * made.scales.double()).reshape(master.shape)
+            codes = made.codes.double() - made.zeros.double()
+            values = (codes * made.scales.double()).reshape(master.shape)
             replaced[f"{name}.weight"] = master + (values - master).detach()
         logits = torch.func.functional_call(net, replaced, (images[some],))
         nn.functional.cross_entropy(logits, data.labels[some]).backward()
@@ -133,7 +134,7 @@ def test_steps_are_those_of_plain_torch() -> None:
         steps=6, batch=16, optimizer="sgd", learning_rate=0.05, schedule="cosine", warmup=0.4
     )
     tuned = hk.tune(
-        model, uniform(model, "int8-channel"), data, settings=settings, rounding="nearest"
+        model, uniform(model, "int8-channel-asym"), data, settings=settings, rounding="nearest"
     )
     order = Order(range(40), batch=16, seed=0)
     wanted = plain_training(

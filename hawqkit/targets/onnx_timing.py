@@ -19,6 +19,7 @@ from hawqkit.targets.onnx_parts import EXTRA
 READING_SECONDS = 1e-3
 CLOCK = 1e-3  # milliseconds: so well a short time is known
 WARM_UP = 5
+QUANTILE = 0.25  # of readings, see `_low`
 ATTEMPTS = 4  # at a reading that nobody disturbs
 BLOCK = 8  # sessions that are open at once, so that a large model does not fill the memory
 SETTINGS = {"session.qdq_matmulnbits_accuracy_level": "1"}
@@ -69,12 +70,14 @@ def open_session(graph: Any, *, threads: int, optimize: bool = True) -> Any:
 def time_graphs(
     graphs: Sequence[Timed], *, threads: int, rounds: int, seed: int
 ) -> tuple[Floats, Floats]:
-    """Return the median time of one run of each graph, and its standard error, in milliseconds.
+    """Return the time of one run of each graph, and its standard error, in milliseconds.
+
+    The time is the lower quartile of the readings: what disturbs a run only adds to it.
 
     Readings in which the system gave the core to another process are taken again. Graphs are read
     in turn, in a new order each round, so that what slows the machine for a while slows all of
     them. They are opened in blocks; the first graph is in every block, and times of a block are
-    multiplied by its median over all blocks over that in the block.
+    multiplied by its time over all blocks over that in the block.
 
     Args:
         graphs: `onnx.ModelProto` and its inputs by name.
@@ -83,20 +86,20 @@ def time_graphs(
         seed: of the orders.
 
     Returns:
-        (medians, standard errors), each of the graphs' number.
+        (times, standard errors), each of the graphs' number.
     """
     generator = np.random.default_rng(seed)
     starts = range(1, max(len(graphs), 2), BLOCK - 1)
     blocks = [[0, *range(s, min(s + BLOCK - 1, len(graphs)))] for s in starts]
     readings = [_read_block([graphs[i] for i in b], threads, rounds, generator) for b in blocks]
-    reference = np.median(np.concatenate([r[0] for r in readings]))
-    medians, errors = np.zeros(len(graphs)), np.zeros(len(graphs))
+    reference = np.quantile(np.concatenate([r[0] for r in readings]), QUANTILE)
+    lows, errors = np.zeros(len(graphs)), np.zeros(len(graphs))
     for block, times in zip(blocks, readings, strict=True):
-        factor = float(reference / np.median(times[0]))
+        factor = float(reference / np.quantile(times[0], QUANTILE))
         for row, index in enumerate(block[1:], 1):
-            medians[index], errors[index] = _median(times[row] * factor)
-    medians[0], errors[0] = _median(np.concatenate([r[0] for r in readings]))
-    return medians, errors
+            lows[index], errors[index] = _low(times[row] * factor)
+    lows[0], errors[0] = _low(np.concatenate([r[0] for r in readings]))
+    return lows, errors
 
 
 def _read_block(
@@ -146,14 +149,17 @@ def _seconds(session: Any, feed: Mapping[str, Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _median(values: Floats) -> tuple[float, float]:
-    """Return the median and its standard error, from the order statistics around it.
+def _low(values: Floats) -> tuple[float, float]:
+    """Return the lower quartile and its standard error, from the order statistics around it.
 
-    The number of readings below the median is binomial, n/2 +- sqrt(n)/2, so the readings of these
-    two ranks enclose it with the probability of one standard error.
+    Whatever disturbs a run adds to it, so the lower quartile stays where it is while the median
+    moves with the load of the machine; on an idle one they are the same. The number of readings
+    below a quantile q is binomial, n q +- sqrt(n q (1 - q)), so the readings of these two ranks
+    enclose it with the probability of one standard error.
     """
     ordered = np.sort(values)
     n = len(ordered)
-    low = max(0, int(np.floor((n - np.sqrt(n)) / 2)))
-    high = min(n - 1, int(np.ceil((n + np.sqrt(n)) / 2)))
-    return float(np.median(ordered)), float(ordered[high] - ordered[low]) / 2
+    middle, spread = n * QUANTILE, np.sqrt(n * QUANTILE * (1 - QUANTILE))
+    low = max(0, int(np.floor(middle - spread)))
+    high = min(n - 1, int(np.ceil(middle + spread)))
+    return float(np.quantile(ordered, QUANTILE)), float(ordered[high] - ordered[low]) / 2

@@ -86,15 +86,16 @@ def restore(
     arrays = journal.read(step) if found is None else found[1]
     assert arrays is not None
     for name, parameter in trained.items():
-        parameter.copy_(torch.from_numpy(arrays[name]))
+        parameter.copy_(_tensor(arrays[name], parameter))
     for name, buffer in _buffers(module).items():
-        buffer.copy_(torch.from_numpy(arrays[f"buffer/{name}"]))
+        buffer.copy_(_tensor(arrays[f"buffer/{name}"], buffer))
     for key, array in arrays.items():
         if key.startswith("optimizer/"):
             _, kind, name = key.split("/", 2)
-            tensor = torch.from_numpy(array.copy())
-            device = trained[name].device if tensor.ndim or kind != "step" else tensor.device
-            optimizer.state[trained[name]][kind] = tensor.to(device)
+            parameter = trained[name]
+            # AdamW counts its steps in a number of its own, on the CPU.
+            counter = torch.zeros(()) if kind == "step" else parameter
+            optimizer.state[parameter][kind] = _tensor(array, counter).to(counter.device)
     for name in CURVE:
         curve[name][:] = arrays[f"curve/{name}"].tolist()
     return int(step)
@@ -112,6 +113,11 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that a state holds; others are made by the network itself."""
     held = module.state_dict()
     return {name: b for name, b in module.named_buffers() if name in held}
+
+
+def _tensor(array: np.ndarray, like: Tensor) -> Tensor:
+    """Return an array in the shape of a tensor: files hold a number as an array of one."""
+    return torch.from_numpy(array.copy()).reshape(like.shape)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -9,8 +9,8 @@ a value, s its scale, z its zero point, codes from low to high, r = w / s + z an
 
 (Bengio et al. 2013, arXiv:1308.3432; Esser et al. 2020, arXiv:1902.08153, equations 3 and 5). LSQ
 counts as clipped what lies beyond the outermost levels, |r| > code. Where the scale is not learned
-but made of the weight, the largest entry lies within a rounding of the outermost level, so there a
-value is clipped only where its own nearest code would be another one: half a step further out.
+but made of the values, the largest of them lies on the outermost level but for the rounding of the
+scale and of the zero point, and must not be stuck there: see `SLACK`.
 
 Letters in shapes: a weight is (rows, columns); g columns share a scale; groups = columns / g.
 """
@@ -27,6 +27,12 @@ from torch.autograd.function import once_differentiable
 from hawqkit.formats import Format
 from hawqkit.quantize.input_rounding import InputQuantizer, fake_quantize
 from hawqkit.quantize.rounding import round_into, scales_of
+
+# Steps beyond the outermost level that still let gradients pass where the scale is made of the
+# values: symmetric, and with a zero point. A scale in bfloat16 is off by up to 1/257 of itself, so
+# an end that lies n steps from zero moves by n/257: not quite half a step with n = 128, and one with
+# n = 255. The zero point's own rounding moves it by another half.
+SLACK = (0.5, 1.5)
 
 
 def round_weight(
@@ -161,7 +167,8 @@ class _RoundWeight(torch.autograd.Function):
         zero = 0.0 if zeros is None else zeros.to(weight.dtype)[..., None]
         ratio = weight.reshape(shape) / scales.to(weight.dtype)[..., None]
         low, high = -half - zero, half - 1 - zero
-        passed, inner = _passed(gradient.reshape(shape), ratio, low, high, ctx.learned)
+        slack = 0.0 if ctx.learned else SLACK[zeros is not None]
+        passed, inner = _passed(gradient.reshape(shape), ratio, low, high, slack)
         of_step = None
         if ctx.learned and ctx.needs_input_grad[1]:
             slope = torch.where(inner, ratio.round() - ratio, ratio.clamp(low, high))
@@ -176,10 +183,9 @@ def shape_size(weight: Tensor, scales: Tensor) -> int:
 
 
 def _passed(
-    gradient: Tensor, ratio: Tensor, low: Any, high: Any, learned: bool
+    gradient: Tensor, ratio: Tensor, low: Any, high: Any, slack: float
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient where a value is not clipped, and where that is."""
-    slack = 0.0 if learned else 0.5
     inner = (ratio > low - slack) & (ratio < high + slack)
     return torch.where(inner, gradient, 0.0), inner
 
@@ -208,7 +214,9 @@ class _RoundInput(torch.autograd.Function):
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
         ratio = wide / scale
         low, high = -float(zero), float((1 << bits) - 1 - zero)
-        passed, inner = _passed(gradient, ratio, low, high, step is not None)
+        # A static range is of calibration data: what lies beyond it is clipped, but for roundings.
+        slack = SLACK[1] if step is None else 0.0
+        passed, inner = _passed(gradient, ratio, low, high, slack)
         of_step = None
         if step is not None and ctx.needs_input_grad[1]:
             slope = torch.where(inner, ratio.round() - ratio, ratio.clamp(low, high))
