@@ -49,6 +49,7 @@ from hawqkit.targets.onnx_timing import CLOCK, Timed, runtime_package, time_grap
 
 RUNTIMES = ("onnxruntime",)
 LOOSENESS = 0.25  # of a layer alone: so far its time in a model may differ, relative
+CONCENTRATION = 0.25  # of formats in the mixes: in most of them one or two prevail
 MISFIT = 0.02  # of a whole model: so far times that add up may differ, relative
 
 
@@ -248,13 +249,13 @@ def _draw(
 ) -> list[dict[str, str]]:
     """Return mixes: one of each format, then `count` with random shares of formats.
 
-    Shares are Dirichlet with exponent 1/2, so that mixes of nearly one format are among them, in
+    Shares are Dirichlet, far from even, so that mixes of nearly one format are among them, in
     which neighbors fuse, and evenly mixed ones too.
     """
     generator = np.random.default_rng(seed)
     drawn = [{n: f if f in found else found[0] for n, found in choices.items()} for f in formats]
     for _ in range(count):
-        shares = dict(zip(formats, generator.dirichlet([0.5] * len(formats)) + 1e-9, strict=True))
+        shares = dict(zip(formats, generator.dirichlet([CONCENTRATION] * len(formats)) + 1e-9, strict=True))
         mix = {}
         for name, found in choices.items():
             weights = np.array([shares[f] for f in found])

@@ -30,8 +30,8 @@ from hawqkit.quantize.rounding import round_into, scales_of
 
 # Steps beyond the outermost level that still let gradients pass where the scale is made of the
 # values: symmetric, and with a zero point. A scale in bfloat16 is off by up to 1/257 of itself, so
-# an end that lies n steps from zero moves by n/257: not quite half a step with n = 128, and one with
-# n = 255. The zero point's own rounding moves it by another half.
+# an end that lies n steps from zero moves by n/257: not quite half a step with n = 128, and a whole
+# one with n = 255. The zero point's own rounding moves it by another half.
 SLACK = (0.5, 1.5)
 
 
