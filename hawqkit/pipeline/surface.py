@@ -35,9 +35,8 @@ def allocate(
 ) -> Allocation:
     """Choose the format of every layer: minimize the summed score within all budgets, exactly.
 
-    With interactions what two layers' errors do together is added, and the optimum of the sum is
-    improved by changing one or two layers at a time; the certificate then holds a proven bound and
-    the gap to it.
+    With interactions the choice goes, among mixes whose summed score is within a tenth of its
+    optimum, by what two layers' errors do together; the certificate holds the gap.
 
     With `max_predicted_kl` it is the size that is minimized: the smallest mix whose predicted KL
     stays at or below the limit,

@@ -139,7 +139,7 @@ class ActivationsSection(Section):
         description="static: one range for all inputs of a layer; dynamic: one for each token",
     )
     observer: Literal["min-max", "percentile", "mse", "entropy"] = Field(
-        default="min-max", description="how a static range is found on the calibration data"
+        default="mse", description="how a static range is found on the calibration data"
     )
     percentile: Annotated[float, Field(strict=True, gt=50, le=100)] | None = Field(
         default=None,

@@ -164,8 +164,8 @@ class Allocation:
         other_risk: the mix of another risk, None where a deviation that it needs is not known.
         activations: ranges of the layers' inputs, None where no format rounds inputs; in memory
             only, since they have a file of their own.
-        interactions: how much of what layers do together entered the choice; the certificate's
-            objective and bound are with them, `objective` without. 0 for none.
+        interactions: how much of what layers do together entered the choice, 0 for none. The summed
+            score is then not the least, but within a tenth of it; the certificate says how far.
     """
 
     layers: dict[str, str]

@@ -108,7 +108,7 @@ def probe(
             need second derivatives and cost many times the probe.
         curvature: what those may cost; see `CurvatureSettings`.
         activations: ranges of the layers' inputs, for formats that round them; or how to find them
-            on the same data, first of all, which by default is min-max.
+            on the same data, first of all, which by default is `mse`.
         folder: of the journal, so that a killed probe goes on where it stopped; None keeps none.
         track: wraps the micro-batches to show progress, `(items, stage, total) -> items`.
 

@@ -255,7 +255,9 @@ def _draw(
     generator = np.random.default_rng(seed)
     drawn = [{n: f if f in found else found[0] for n, found in choices.items()} for f in formats]
     for _ in range(count):
-        shares = dict(zip(formats, generator.dirichlet([CONCENTRATION] * len(formats)) + 1e-9, strict=True))
+        shares = dict(
+            zip(formats, generator.dirichlet([CONCENTRATION] * len(formats)) + 1e-9, strict=True)
+        )
         mix = {}
         for name, found in choices.items():
             weights = np.array([shares[f] for f in found])
