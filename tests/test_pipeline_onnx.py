@@ -1,4 +1,4 @@
-"""A classifier from the recipe to ONNX Runtime: latency table, budgets, export, and the file run."""
+"""A classifier from the recipe to ONNX Runtime: latency table, budgets, export, the file run."""
 
 from __future__ import annotations
 
@@ -98,13 +98,14 @@ def test_the_exported_file_computes_what_was_validated(
     assert np.median(np.abs(found - wanted)) < 2e-5 * np.abs(wanted).max()
 
 
-def test_a_saved_run_is_exported_again_with_the_same_bytes(
+def test_a_saved_run_is_exported_again_with_the_same_graph(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
     monkeypatch.setenv("HAWQKIT_CACHE", str(home / "cache"))
     command_line.succeed("export", "one", "--target", "onnx", "-o", "again")
-    assert command_line.contents(home / "again") == command_line.contents(home / "one/exports/onnx")
+    first, again = (home / place / "model.onnx" for place in ("one/exports/onnx", "again"))
+    assert first.read_bytes() == again.read_bytes()
 
 
 def test_formats_that_the_target_lacks_are_refused_before_anything_is_measured(

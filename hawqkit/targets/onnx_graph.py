@@ -35,7 +35,7 @@ IR_VERSION = 10  # of the file's layout, that belongs to it
 EXAMPLES = 2  # one would be taken for a constant
 OUTPUT = "logits"
 LARGEST = 2**31 - 1  # bytes of a protobuf message
-_MOST_LETTERS = 200  # of a foreign error
+_MOST_LETTERS = 300  # of a foreign error
 _TEXTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _QUIETED = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
