@@ -25,6 +25,7 @@ VERBS = [
     "spectrum",
     "allocate",
     "latency",
+    "tune",
     "validate",
     "export",
     "report",

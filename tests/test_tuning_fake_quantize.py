@@ -188,7 +188,7 @@ def test_the_forward_of_clipped_entries_has_the_steps_slope_itself() -> None:
     down = round_weight(weight, format, step.detach() - h, None).sum()
     slope = float(up - down) / (2 * h)
     assert slope == pytest.approx(3 * 3 - 4)
-    assert float(step.grad) == pytest.approx(slope / math.sqrt(4 * 3))
+    assert step.grad.item() == pytest.approx(slope / math.sqrt(4 * 3))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -286,7 +286,7 @@ def test_gradients_of_inputs_are_those_of_the_paper(grid: Grid, features: int) -
     entries = 75 if features == -3 else 5  # of an example's image, or of a token
     levels = max(grid.zero, 15 - grid.zero)
     np.testing.assert_allclose(values.grad.flatten().numpy(), wanted, rtol=1e-14)
-    assert float(step.grad) == pytest.approx(of_step / math.sqrt(entries * levels), rel=1e-6)
+    assert step.grad.item() == pytest.approx(of_step / math.sqrt(entries * levels), rel=1e-6)
 
 
 def test_grids_of_tokens_pass_every_gradient() -> None:
@@ -342,7 +342,7 @@ def test_learned_input_steps_begin_as_lsq_says() -> None:
         grid = ranges.grid(wanted.name, 4)
         levels = max(grid.zero, 15 - grid.zero)
         expected = 2 * float(values.abs().mean()) / math.sqrt(levels)
-        assert float(wanted.step) == pytest.approx(expected, rel=1e-5)  # float32 sums
+        assert wanted.step.item() == pytest.approx(expected, rel=1e-5)  # float32 sums
 
 
 def test_scales_of_tokens_cannot_be_learned() -> None:

@@ -29,8 +29,9 @@ from hawqkit.validation.measuring import TokenResults, measure_text
 FORMATS = ("w8a8", "w8a4", "w8a3", "w4a4", "w4a8")
 SCORES = ("token", "directional", "trace", "weight-error")
 SETTINGS = {
-    "min-max": hk.ActivationSettings(),
-    "min-max, symmetric": hk.ActivationSettings(symmetric=True),
+    "min-max": hk.ActivationSettings(observer="min-max"),
+    "min-max, symmetric": hk.ActivationSettings(observer="min-max", symmetric=True),
+    "mse, symmetric": hk.ActivationSettings(symmetric=True),
     "percentile 99.9": hk.ActivationSettings(observer="percentile", percentile=99.9),
     "percentile 99.99": hk.ActivationSettings(observer="percentile", percentile=99.99),
     "mse": hk.ActivationSettings(observer="mse"),

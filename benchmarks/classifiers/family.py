@@ -158,7 +158,9 @@ def choose(table: Sensitivities, bits: float, further: Sequence[str]) -> dict[st
     for name, score in scores.items():
         values = to_array(table.scores[score].values)
         mixes[name] = allocate_table(layers, FORMATS, values, budgets={"average_bits": bits}).layers
-    return mixes | {"uniform": spread(layers, bits), "ends": ends(layers, bits)}
+    mixes["uniform"] = spread(layers, bits)
+    found = ends(layers, bits)
+    return mixes if found is None else mixes | {"ends": found}
 
 
 def spread(layers: Sequence[Layer], bits: float) -> Mix:
@@ -186,12 +188,14 @@ def spread(layers: Sequence[Layer], bits: float) -> Mix:
     return {x.name: widths[high if x.name in wide else low] for x in layers}
 
 
-def ends(layers: Sequence[Layer], bits: float) -> Mix:
-    """Give the first and the last layer 8 bits, and spread what is left over the others."""
+def ends(layers: Sequence[Layer], bits: float) -> Mix | None:
+    """Give the first and the last layer 8 bits, and spread what is left, if it is enough."""
     outer = (layers[0], layers[-1])
     inner = layers[1:-1]
     left = bits * sum(x.numel for x in layers) - 8 * sum(x.numel for x in outer)
     each = left / sum(x.numel for x in inner)
+    if each < min(parse_format(f).bits or 0 for f in FORMATS):
+        return None
     return spread(inner, each) | {x.name: "int8-channel" for x in outer}
 
 

@@ -41,7 +41,8 @@ def latency(
     """Measure the latency table of a model on this machine, for `latency_ms` budgets.
 
     Every layer is timed alone and in whole models of mixed formats; the table is such that the
-    times of layers add up to those of the models. Keep the machine idle meanwhile.
+    times of layers add up to those of the models. Of a run that has an allocation, mixes around it
+    are timed, so that a second table is true there. Keep the machine idle meanwhile.
     """
     from hawqkit.pipeline.timing import time_layers
 

@@ -31,7 +31,8 @@ def time_layers(
     """Measure the layers of a recipe's model in a runtime, and write the table.
 
     Args:
-        source: a recipe, by name or file, or a run folder.
+        source: a recipe, by name or file; or a run folder, around whose allocation mixes are timed
+            if it holds one.
         output: the CSV file to write.
         runtime: `onnxruntime`.
         formats: names; None takes the recipe's, and `none`.
@@ -45,7 +46,7 @@ def time_layers(
         HawqkitError: the packages of the extra `onnx` are missing.
         Unsupported: the target `onnx` cannot hold the model in these formats.
     """
-    recipe = _recipe_of(source)
+    recipe, near = _recipe_of(source)
     from hawqkit.pipeline.inputs import load_inputs  # imports torch
     from hawqkit.targets.onnx_latency import measure_latency
 
@@ -61,6 +62,7 @@ def time_layers(
         threads=threads,
         rounds=rounds,
         mixes=mixes,
+        near=near,
     )
     write_latencies(table, output)
     return table
@@ -87,11 +89,13 @@ def write_latencies(table: LatencyTable, path: str | Path) -> None:
     write_text_atomic(Path(path), text.getvalue())
 
 
-def _recipe_of(source: str) -> Recipe:
+def _recipe_of(source: str) -> tuple[Recipe, dict[str, str] | None]:
+    """Return the recipe and, of a run folder, the mix that was chosen in it."""
     folder = Path(source)
     if not folder.is_dir():
-        return load_recipe(source)
+        return load_recipe(source), None
     run = RunFolder(folder)
     if not run.recipe.exists():
         raise InputError(f"{folder} holds no recipe.yaml: name a run folder, or a recipe.")
-    return run.read_recipe()
+    near = run.read_allocation().layers if run.allocation.exists() else None
+    return run.read_recipe(), near

