@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scipy.optimize import nnls
+from scipy.stats import betabinom, chisquare
 from torch import nn
 
 from hawqkit.allocation.latency import read_latencies, shape_key
@@ -24,7 +25,15 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 from hawqkit.targets import onnx_timing
-from hawqkit.targets.onnx_latency import LOOSENESS, MISFIT, fit_times, measure_latency
+from hawqkit.targets.onnx_latency import (
+    CONCENTRATIONS,
+    LOOSENESS,
+    MISFIT,
+    _draw,
+    _draw_near,
+    fit_times,
+    measure_latency,
+)
 
 LAYERS = tuple("abcd")
 FORMATS = ("x", "y", "z")
@@ -228,6 +237,38 @@ def test_the_table_that_is_written_is_read_for_a_budget(tmp_path: Path, measured
         assert summed / costs.scale == pytest.approx(table.predict(mix), abs=1e-5)
     assert {row.shape for row in table.rows if row.layer == "head"} == {"linear:3x4@12"}
     assert shape_key(model.layers[0]) == "convolution:4x36"  # the model itself was not changed
+
+
+def test_mixes_around_an_allocation_are_near_it_and_reach_every_cell() -> None:
+    choices = {f"layer{k}": ("none", "w8a8", "int8-channel") for k in range(20)}
+    near = {f"layer{k}": "w8a8" for k in range(10)}  # the others keep what they have
+    drawn = _draw_near(choices, near, 200, 0)
+    assert drawn[0] == {n: near.get(n, "none") for n in choices}
+    differing = [sum(mix[n] != drawn[0][n] for n in choices) for mix in drawn[1:]]
+    # a share of the layers up to 1/2 is redrawn, and of these 2 in 3 change: 1/6 of 20 on average
+    assert np.mean(differing) == pytest.approx(20 / 6, rel=0.15)
+    assert {(n, f) for mix in drawn for n, f in mix.items()} == {
+        (n, f) for n, found in choices.items() for f in found
+    }
+
+
+def test_mixes_from_everywhere_hold_uniform_ones_and_scattered_ones() -> None:
+    choices = {f"layer{k}": ("none", "w8a8") for k in range(20)} | {"odd": ("w8a8",)}
+    drawn = _draw(choices, ("none", "w8a8"), 2000, 0)
+    assert drawn[0] == dict.fromkeys(choices, "none") | {"odd": "w8a8"}
+    assert drawn[1] == dict.fromkeys(choices, "w8a8")
+    floats = np.array([sum(f == "none" for f in mix.values()) for mix in drawn[2:]])
+    # two formats with Dirichlet shares: a beta-binomial count, half of the mixes with each exponent
+    expected = np.mean([betabinom.pmf(np.arange(21), 20, a, a) for a in CONCENTRATIONS], axis=0)
+    counts = np.bincount(floats, minlength=21)
+    assert chisquare(counts, 2000 * expected).pvalue > 0.001
+
+
+def test_an_allocation_of_formats_that_are_not_measured_is_refused() -> None:
+    model, examples = cases.loaded(*cases.cnn())
+    near = {"stem": "int4-channel", "tail": "none"}
+    with pytest.raises(InputError, match="stem in int4-channel, tail in none would not be"):
+        measure_latency(model, examples, ["none", "w8a8"], near=near)
 
 
 def test_a_mix_without_rows_is_refused(measured: Any) -> None:

@@ -49,6 +49,7 @@ def test_what_a_recipe_leaves_out_has_the_documented_default(tmp_path: Path) -> 
         "seed": 0,
         "risk": 0.0,
         "also": (),
+        "interactions": "auto",
         "curvature": {
             "sequences": 4,
             "length": 64,

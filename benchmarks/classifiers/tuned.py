@@ -75,6 +75,7 @@ def one(seed: int, width: int, epochs: float, folder: Path) -> tuple[float, floa
             weight_decay=1e-4,
             learned_scales="both",
             distillation=Distillation(alpha=0.7, temperature=2.0),
+            batch_norm="re-estimated",
             seed=seed,
         ),
         folder=folder / f"{subject.name}-w{width}",

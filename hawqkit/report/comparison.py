@@ -153,12 +153,14 @@ def score_used(sensitivities: Sensitivities, allocation: Allocation | None) -> S
 
 
 def bits_label(format_name: str, stored_bits: int) -> str:
-    """Return the code bits of a format as a short label.
+    """Return the code bits of a format as a short label, behind a slash those of inputs.
 
-    >>> bits_label("int4-g64", 32), bits_label("none", 16)
-    ('4', '16')
+    >>> bits_label("int4-g64", 32), bits_label("none", 16), bits_label("w4a8", 32)
+    ('4', '16', '4/8')
     """
-    return str(parse_format(format_name).code_bits(stored_bits))
+    form = parse_format(format_name)
+    inputs = "" if form.activation_bits is None else f"/{form.activation_bits}"
+    return f"{form.code_bits(stored_bits)}{inputs}"
 
 
 def _sizes(totals: Totals, known: Row | None) -> Totals:

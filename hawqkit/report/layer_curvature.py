@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hawqkit.formats import parse_format
 from hawqkit.records import Allocation, BlockSpectrum, Estimate, Sensitivities, Spectrum
+from hawqkit.report.comparison import bits_label
 from hawqkit.report.spectral_tables import degeneracy_text, eigenvalue_text, thresholds
 from hawqkit.report.terminal import add_columns, new_table
 from hawqkit.report.wording import (
@@ -138,7 +139,8 @@ def _bits(sensitivities: Sensitivities, allocation: Allocation | None) -> list[C
             cells.append(NOTHING)
             continue
         bits = parse_format(name).code_bits(layer.dtype_bits)
-        cells.append(Cell(f"{bits} ({clean(name)})", float(bits), str(bits)))
+        short = bits_label(name, layer.dtype_bits)
+        cells.append(Cell(f"{short} ({clean(name)})", float(bits), short))
     return [Column("bits (format)", "bits", "bits", tuple(cells))]
 
 
