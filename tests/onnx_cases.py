@@ -136,6 +136,10 @@ def bert() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {"input_ids": tokens, "attention_mask": mask}
 
 
+def tiny(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
+    return filled(nn.Sequential(nn.Linear(32, CLASSES)), seed), {"input": images(2, 32)}
+
+
 def loaded(module: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[LoadedModel, Examples]:
     count = len(next(iter(inputs.values())))
     examples = make_examples(inputs, torch.arange(count) % CLASSES, classes=CLASSES)

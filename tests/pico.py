@@ -55,7 +55,9 @@ PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace(
 )
 
 
-def fill(module: nn.Module, seed: int = 0, scale: float = 1.0) -> None:
+def fill(
+    module: nn.Module, seed: int = 0, scale: float = 1.0, *, whole_kernels: bool = False
+) -> None:
     """Fill every parameter from a generator: matrices ~ N(0, scale^2 / inputs), norms near one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,17 +67,22 @@ def fill(module: nn.Module, seed: int = 0, scale: float = 1.0) -> None:
                 centre = 1.0 if "norm" in name or "ln_" in name else 0.0
                 noise = centre + (0.1 if name.endswith("weight") else 0.02) * noise
             else:
-                inputs = parameter.shape[1:] if parameter.ndim > 3 else parameter.shape[-1:]
+                inputs = parameter.shape[1:] if whole_kernels else parameter.shape[-1:]
                 noise = scale * noise / math.prod(inputs) ** 0.5
             parameter.copy_(noise.to(parameter.dtype))
 
 
 def _finish(
-    model: PreTrainedModel, seed: int, dtype: torch.dtype, scale: float = 1.0
+    model: PreTrainedModel,
+    seed: int,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    *,
+    whole_kernels: bool = False,
 ) -> PreTrainedModel:
     model = model.to(dtype)
     model.config.dtype = dtype
-    fill(model, seed, scale)
+    fill(model, seed, scale, whole_kernels=whole_kernels)
     return model.eval()
 
 
@@ -235,7 +242,7 @@ def image_classifier(
                 **shared,
             )
         )
-    return run_norms(_finish(model, seed, torch.float32), seed)
+    return run_norms(_finish(model, seed, torch.float32, whole_kernels=True), seed)
 
 
 def run_norms(module: nn.Module, seed: int = 0) -> Any:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -9,18 +8,16 @@ from typing import Any
 
 import numpy as np
 import onnx_cases as cases
-import pico
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hawqkit.errors import InputError, Unsupported
+from hawqkit.errors import InputError
 from hawqkit.formats import parse_format
-from hawqkit.models.model import LoadedModel, wrap_model
+from hawqkit.models.model import LoadedModel
 from hawqkit.models.signature import with_inputs
 from hawqkit.quantize.activations import calibrate_activations
 from hawqkit.quantize.apply import applied
-from hawqkit.records import Layer
 from hawqkit.records.activations import ActivationRanges
 from hawqkit.targets import onnx as target
 from hawqkit.targets import onnx_graph, onnx_writer
@@ -89,10 +86,6 @@ def written(
     model = with_inputs(model, examples)
     mix = mixed(model, formats)
     return model, mix, target.write(cases.allocation(mix), folder, model)
-
-
-def tiny(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
-    return cases.filled(nn.Sequential(nn.Linear(32, 3)), seed), {"input": cases.images(2, 32)}
 
 
 @pytest.mark.parametrize(
@@ -269,112 +262,11 @@ def test_tied_weights_are_stored_once_and_unreached_layers_not_at_all(
     assert sum(p.stat().st_size for p in files) == target.size(mix, model.layers, model.facts)
 
 
-class Hidden(nn.Module):
-    """A Linear whose weight is read a second time, where no module is called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(32, 32)
-        self.twice = nn.Linear(32, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        return self.twice(x) + x @ (2.0 * self.twice.weight).t()  # type: ignore[no-any-return]
-
-
-def test_a_layer_that_cannot_be_found_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    model, examples = cases.loaded(cases.filled(Hidden()), {"x": cases.images(2, 32)})
-    with pytest.raises(
-        Unsupported, match=r"would stay in float.*\n.*'twice': its weight is read by"
-    ):
-        target.measure_graph(model, examples)
-    assert not list(tmp_path.iterdir())
-
-
-def one_layer(kind: str = "linear") -> Layer:
-    return Layer("fc", kind, 64, 128, "float32")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("int3-g64", "linear", "kernels for weights of 4 and 8 bits, none for 3.*'bits'"),
-        ("int2-channel-asym", "convolution", "none for 2"),
-        ("w4a4", "linear", "inputs of 8 bits, not of 4"),
-        ("int8-g64-a8", "linear", "choose 'int8-channel-a8'"),
-        ("int8-g64-asym-a8", "linear", "choose 'int8-channel-asym-a8'"),
-    ],
-)
-def test_what_the_runtime_has_no_kernel_for_is_refused(name: str, kind: str, message: str) -> None:
-    facts = wrap_model(nn.Linear(128, 64), name="net").facts
-    (problem,) = target.problems({"fc": name}, [one_layer(kind)], facts)
-    assert re.search(message, problem), problem
-    assert "layer 'fc'" in problem
-
-
-@pytest.mark.parametrize("name", ["none", "int4-g64", "int8-channel-asym", "w4a8", "int4-g64-a8"])
-def test_what_it_holds_is_not_refused(name: str) -> None:
-    facts = wrap_model(nn.Linear(128, 64), name="net").facts
-    assert target.problems({"fc": name}, [one_layer()], facts) == []
-
-
-def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    model, _ = cases.loaded(*cases.cnn())
-    mix = {"stem": "int3-channel", "head": "int5-g64", "tail": "int8-channel"}
-    with pytest.raises(Unsupported, match="3 problems") as failure:
-        target.write(cases.allocation(mix), tmp_path / "out", model)
-    assert all(f"layer {name!r}" in str(failure.value) for name in mix)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_language_model_is_refused(tmp_path: Path) -> None:
-    model = wrap_model(pico.llama(), name="pico", tokenizer=pico.tokenizer())
-    with pytest.raises(Unsupported, match=r"language model.*'compressed-tensors'"):
-        target.write(cases.allocation({}), tmp_path / "out", model)
-
-
-def test_without_inputs_it_says_what_to_give(tmp_path: Path) -> None:
-    model, _ = cases.loaded(*tiny())
-    with pytest.raises(Unsupported, match=r"shapes of its inputs are not known.*examples="):
-        target.write(cases.allocation({}), tmp_path / "out", model)
-    with pytest.raises(Unsupported, match=r"measure_graph\(model, examples\)"):
-        target.size({}, model.layers, model.facts)
-
-
-def test_ranges_that_are_missing_or_dynamic_are_refused(tmp_path: Path) -> None:
-    model, examples = cases.loaded(*cases.cnn())
-    model = with_inputs(model, examples)
-    given = cases.allocation({"stem": "w8a8"})
-    with pytest.raises(InputError, match=r"layer 'stem'.*no range of its input is known"):
-        write_folder(given, tmp_path / "out", model, None)
-    ranges = calibrate_activations(model, examples, model.layers, [8], mode="dynamic")
-    with pytest.raises(Unsupported, match="'static'"):
-        write_folder(given, tmp_path / "out", model, ranges)
-    assert not list(tmp_path.iterdir())
-
-
-class Fixed(nn.Module):
-    """A forward that writes its batch size into the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(32, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(x.reshape(2, 32))  # type: ignore[no-any-return]
-
-
-def test_a_forward_that_fixes_the_number_of_examples_is_refused() -> None:
-    model, examples = cases.loaded(cases.filled(Fixed()), {"x": cases.images(2, 32)})
-    with pytest.raises(Unsupported, match=r"inferred a static.*fixes the batch size"):
-        target.measure_graph(model, examples)
-
-
 def test_a_folder_of_somebody_else_stays_and_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    case = tiny()
+    case = cases.tiny()
     with pytest.raises(InputError, match="no export of this target"):
         written(folder, case, ("int8-channel",))
     assert [p.name for p in folder.iterdir()] == ["mine.txt"]
@@ -389,7 +281,7 @@ def test_a_folder_of_somebody_else_stays_and_an_earlier_export_is_replaced(tmp_p
 def test_the_same_mix_gives_the_same_bytes_with_no_traces_of_the_machine(tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):
-        written(tmp_path / name, tiny(), ("int4-g32",))
+        written(tmp_path / name, cases.tiny(), ("int4-g32",))
         files.append((tmp_path / name / "model.onnx").read_bytes())
     assert files[0] == files[1]
     assert b"site-packages" not in files[0]

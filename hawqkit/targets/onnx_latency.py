@@ -155,10 +155,11 @@ def fit_times(
         times: (M,) milliseconds of the whole models.
         errors: (M,) their standard errors.
 
-    >>> cells, mixes = [("a", "x"), ("a", "y")], [{"a": "x"}, {"a": "y"}]
-    >>> fit = fit_times(cells, [1.0, 2.0], mixes, np.array([4.0, 5.0]), np.zeros(2))
-    >>> fit.values.round(3).tolist()
-    [3.0, 1.0, 2.0]
+    >>> cells = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+    >>> mixes = [{"a": f, "b": g} for f in "xy" for g in "xy"]
+    >>> times = np.array([3 + 1 + 3, 3 + 1 + 4, 3 + 2 + 3, 3 + 2 + 4.0])
+    >>> fit_times(cells, [1, 2, 3, 4], mixes, times, np.zeros(4)).values.round(3).tolist()
+    [3.0, 1.0, 2.0, 3.0, 4.0]
     """
     A = np.ones((len(mixes), 1 + len(cells)))
     for row, mix in enumerate(mixes):
