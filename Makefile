@@ -42,7 +42,7 @@ quickstart: $(WITH_MODEL) ## compress SmolLM2-135M to 4.0 bits, prove it, export
 quickstart-small: $(WITH_MODEL) ## the same on little data, in a minute or two
 	$(ENV)/bin/hawqkit run recipes/quickstart-small.yaml $(ARGS)
 
-test: $(FOR_TEST) ## the default test tier: offline, under five minutes on two cores
+test: $(FOR_TEST) ## the default test tier: offline, some ten minutes on two cores
 	$(SINGLE) $(PYTHON) -m pytest -n $(WORKERS) $(ARGS)
 
 check: $(FOR_DEV) ## format, lint, strict types, spelling, import direction
