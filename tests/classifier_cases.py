@@ -38,7 +38,7 @@ def network(seed: int = 0) -> nn.Module:
         nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(),
         nn.Flatten(), nn.Linear(8 * 9, CLASSES),
     )  # fmt: skip
-    fill(module, seed, scale=2.0)
+    fill(module, seed, scale=2.0, whole_kernels=True)
     return module.eval()
 
 

@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 def filled(module: nn.Module, seed: int = 0) -> nn.Module:
     """Fill parameters from a generator, and statistics of batch norms with plain numbers."""
-    pico.fill(module, seed)
+    pico.fill(module, seed, whole_kernels=True)
     generator = torch.Generator().manual_seed(seed + 1)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
