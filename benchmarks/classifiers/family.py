@@ -2,7 +2,7 @@
 
     python benchmarks/classifiers/family.py resnet20 --bits 3.0 2.5 2.2 --seeds 0 1 2
 
-Weights only, one scale a channel, 2 to 8 bits; every way to choose sees the same training examples,
+Weights only, one scale a channel, 2 to 8 bits; every way to choose sees the same examples,
 is solved by the same exact solver within the same average bits, is rounded in the same way, and is
 measured on the same held-out examples. A seed draws the calibration examples and, where a subject
 is trained from one, the network.
@@ -17,6 +17,8 @@ is trained from one, the network.
     hawq-v1       the largest eigenvalue of a layer's Hessian times |dW|^2
     hawq-v2       the average trace of the true Hessian times |dW|^2; `trace` is the same with the
                   Gauss-Newton matrix, from the probe
+
+MiniLM has 500 examples to calibrate on: give it `--examples 400 --withheld 100`.
 
 Differences are paired by example. Logits are kept in --out: started again, it goes on.
 """
@@ -127,7 +129,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[float, dict[str, Resul
 
 
 def calibration(subject: Subject, choosing: int, withheld: int, seed: int) -> Examples:
-    """Draw training examples; the last of them only predict."""
+    """Draw examples to calibrate on; the last of them only predict."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(subject.calibration), generator=generator)[: choosing + withheld]
     if len(order) < choosing + withheld:
@@ -135,7 +137,7 @@ def calibration(subject: Subject, choosing: int, withheld: int, seed: int) -> Ex
             f"{subject.name} has {len(subject.calibration)} examples to calibrate on; "
             f"{choosing} to choose and {withheld} to predict are too many."
         )
-    return examples(subject, subject.calibration.take(order), "training part", withheld)
+    return examples(subject, subject.calibration.take(order), "calibration", withheld)
 
 
 def examples(subject: Subject, arrays: Arrays, part: str, withheld: int = 0) -> Examples:

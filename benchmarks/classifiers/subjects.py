@@ -40,7 +40,7 @@ class Subject:
     Attributes:
         name: with the seed.
         module: in evaluation mode.
-        calibration: examples of the training part.
+        calibration: examples to calibrate on; no less typical of its answers than those held out.
         held_out: examples that training never saw.
         facts: what training wrote down: held-out accuracy, seconds, epochs.
     """
@@ -57,7 +57,7 @@ class Subject:
 
 
 def resnet20(seed: int = 0) -> Subject:
-    """ResNet-20 on Fashion-MNIST, 28 x 28: 274,042 parameters, 60,000 images."""
+    """ResNet-20 on Fashion-MNIST, 28 x 28: 272,186 parameters, 60,000 images."""
     return _resnet(f"resnet20-{seed}", 3, seed)
 
 
@@ -99,7 +99,12 @@ def efficientnet_lite0() -> Subject:
 
 
 def minilm(seed: int = 0) -> Subject:
-    """MiniLM (BERT, 6 layers, 22.7 M parameters) fine-tuned on 2,000 sentences."""
+    """MiniLM (BERT, 6 layers, 22.7 M parameters) fine-tuned on 2,000 sentences.
+
+    Of the other 1,000, one half is there to calibrate on, the other is held out; the seed draws
+    which. On the sentences that it was tuned on the network is so sure of itself that a KL is
+    predicted ten times too low, and layers are ranked worse.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -108,7 +113,7 @@ def minilm(seed: int = 0) -> Subject:
     inputs = tokenized(AutoTokenizer.from_pretrained(folder), texts)
     everything = Arrays(inputs, labels)
     training = everything.take(slice(0, TRAINED_SENTENCES))
-    held_out = everything.take(slice(TRAINED_SENTENCES, len(labels)))
+    unseen = everything.take(slice(TRAINED_SENTENCES, len(labels)))
 
     def make() -> nn.Module:
         # With the kernels of scaled_dot_product_attention the true Hessian has no derivative here.
@@ -126,8 +131,10 @@ def minilm(seed: int = 0) -> Subject:
         _fine_tune(module, training)
         return {"epochs": MINILM_EPOCHS}
 
-    module, facts = _trained(f"minilm-{seed}", seed, make, train, held_out)
-    return Subject(f"minilm-{seed}", module, training, held_out, facts)
+    module, facts = _trained(f"minilm-{seed}", seed, make, train, unseen)
+    order = torch.randperm(len(unseen), generator=torch.Generator().manual_seed(seed))
+    calibration, held_out = (unseen.take(half) for half in order.chunk(2))
+    return Subject(f"minilm-{seed}", module, calibration, held_out, facts)
 
 
 SUBJECTS: dict[str, Callable[..., Subject]] = {
@@ -218,7 +225,7 @@ def _logits(module: nn.Module, examples: Arrays) -> Tensor:
 
 def _train_images(module: nn.Module, examples: Arrays, batch: int = 128) -> None:
     """One-cycle SGD with mirrored images; channels innermost, which takes 0.6 of the time."""
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = len(examples) // batch
     optimizer = torch.optim.SGD(
         module.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
@@ -236,7 +243,7 @@ def _train_images(module: nn.Module, examples: Arrays, batch: int = 128) -> None
             cross_entropy(module(x), examples.labels[index]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-    module.to(memory_format=torch.contiguous_format)
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _fit_head(module: EfficientNetLite0, images: Tensor, labels: Tensor) -> None:
@@ -305,7 +312,7 @@ def main() -> None:
     count = sum(p.numel() for p in subject.module.parameters())
     print(f"{subject.name}: {count:,} parameters, {len(subject.calibration)} examples to calibrate")
     print(f"held out ({len(subject.held_out)}): {accuracy:.4f} right, loss {loss:.4f}")
-    print(f"training wrote down: {subject.facts}")
+    print(f"training wrote down, of all unseen: {subject.facts}")
 
 
 if __name__ == "__main__":
