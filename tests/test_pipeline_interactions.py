@@ -71,6 +71,13 @@ def test_a_limit_on_the_kl_goes_without_and_says_so_when_asked(table):
         hk.allocate(table, max_predicted_kl=limit, draws=0, interactions=True)
 
 
+def test_too_many_pairs_go_without_and_say_so_when_asked(table, monkeypatch):
+    monkeypatch.setattr("hawqkit.pipeline.interacting.MOST_CELLS", 15)
+    assert hk.allocate(table, average_bits=3.5, draws=0).interactions == 0.0
+    with pytest.raises(InputError, match="4 layers in 4 formats are 16 pairs"):
+        hk.allocate(table, average_bits=3.5, draws=0, interactions=True)
+
+
 def test_language_models_are_chosen_for_by_the_sum_unless_asked():
     model = hk.wrap_model(pico.llama(), name="pico", exclude=["lm_head"])
     found = hk.probe(model, pico.sequences(6, 16, withheld=2), ["int2-g32", "int4-g32"])

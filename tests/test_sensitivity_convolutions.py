@@ -212,3 +212,44 @@ def test_a_weight_that_is_read_without_its_module_is_refused():
     examples = make_examples(torch.ones(2, 3), [0, 1], classes=CLASSES)
     with pytest.raises(Unsupported, match="although the logits depend"):
         probe(model, examples, FORMATS)
+
+
+class Padding(nn.Conv2d):
+    """Pads in its own forward, so that its output is larger than a convolution's would be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(nn.functional.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
+
+
+class Normalizing(nn.Conv2d):
+    """Computes with another weight than the one it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Passing(nn.Conv2d):
+    """Has a forward of its own that changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Padding, Normalizing])
+def test_a_layer_whose_forward_does_something_else_is_refused(kind):
+    net = Net(kind(3, 4, 3))
+    model = wrap_model(net, name="net")
+    with pytest.raises(Unsupported, match=f"layer layer is a {kind.__name__} whose forward"):
+        probe(model, make_examples(torch.ones(2, 2, 6, 6), [0, 1], classes=CLASSES), FORMATS)
+
+
+def test_a_forward_that_changes_nothing_is_measured_like_its_class():
+    x, tables = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(1)), []
+    for kind in (nn.Conv2d, Passing):
+        net = Net(kind(3, 4, 3))
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape))
+        model = wrap_model(net, name="net")
+        tables.append(probe(model, make_examples(x, [0, 1, 2, 3], classes=CLASSES), FORMATS))
+    assert tables[0].trace == tables[1].trace

@@ -15,6 +15,7 @@ from hawqkit.records import Floats, Integers, Samples, Sensitivities
 from hawqkit.sensitivity.layer_interactions import SHARE, interactions_of
 
 AUTO = "auto"
+MOST_CELLS = 4096  # pairs of a layer and a format: their products take 128 MB, some copies of which
 
 
 def share_of(
@@ -23,25 +24,37 @@ def share_of(
     """Return how much of the interactions enters the choice, 0 for none.
 
     `auto` takes them for classifiers, whose layers interact most, where the probe's best score
-    chooses; a score that was asked for by name chooses as it was published.
+    chooses and nothing stands against it; a score that was asked for by name chooses as it was
+    published.
 
     Raises:
-        InputError: they were asked for, and there are no samples or a limit on the KL.
+        InputError: they were asked for, and there are no samples, a limit on the KL, or too many
+            pairs of layers and formats.
     """
     if asked is False:
         return 0.0
-    missing = sensitivities.samples is None
+    against = _against(sensitivities, limits_kl)
     if asked is True:
-        if missing or limits_kl:
-            why = (
-                "this table has none of the probe's samples"
-                if missing
-                else ("max_predicted_kl searches sizes by sums over layers")
-            )
-            raise InputError(f"interactions cannot enter this choice: {why}; leave them out.")
+        if against:
+            raise InputError(f"interactions cannot enter this choice: {against}; leave them out.")
         return SHARE
     good = score == AUTO and sensitivities.data.classes > 0
-    return SHARE if good and not missing and not limits_kl else 0.0
+    return SHARE if good and not against else 0.0
+
+
+def _against(sensitivities: Sensitivities, limits_kl: bool) -> str:
+    """Return why interactions cannot enter a choice, nothing if they can."""
+    if sensitivities.samples is None:
+        return "this table has none of the probe's samples"
+    if limits_kl:
+        return "max_predicted_kl searches sizes by sums over layers"
+    cells = len(sensitivities.layers) * len(sensitivities.formats)
+    if cells > MOST_CELLS:
+        return (
+            f"{len(sensitivities.layers)} layers in {len(sensitivities.formats)} formats are "
+            f"{cells:,} pairs, and products are taken of at most {MOST_CELLS:,}"
+        )
+    return ""
 
 
 def solved(

@@ -237,8 +237,8 @@ class DualProbe:
 
     def _nothing(self, size: int, formats: int) -> LayerSums:
         """Return the sums of a layer that the logits do not depend on."""
-        zeros, none = torch.zeros(size, formats), torch.zeros(size)
-        return LayerSums(none, torch.zeros(1, size, size), zeros, none, zeros, zeros)
+        zeros = torch.zeros(size, formats)
+        return LayerSums(torch.zeros(1, size, size), zeros, torch.zeros(size), zeros, zeros)
 
 
 def input_quantizers(

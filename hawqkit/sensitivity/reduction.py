@@ -29,7 +29,6 @@ CACHED_ENTRIES = 1 << 18  # of gradients, 1 MB of float32: what a core's own cac
 class LayerSums:
     """What one micro-batch says about one layer; raw sums by sequence, see `records.Samples`."""
 
-    squares: Tensor  # (B,) |g_b|^2
     gram: Tensor  # (B / p, p, p) g_b . g_b' within blocks of p examples; padded with zeros
     directional: Tensor  # (B, F) g_b . dW_f
     token_norm: Tensor  # (B,)
@@ -98,11 +97,10 @@ def reduce_layer(
         if sampler is not None:
             at = sampler.at(use.length)
             norm = norm + (use.norms(at) * at.weight.to(like)).sum(-1)
-    diagonal = gram.diagonal(dim1=1, dim2=2).flatten()[:batch]
     order = torch.tensor([f for c in columns for f in c.formats], dtype=torch.int64).argsort()
     together = zip(*(tally.finish() for tally in tallies), strict=True)
     directional, token, summed = (torch.cat(part, 1)[:, order.to(like.device)] for part in together)
-    return LayerSums(diagonal, gram, directional, norm, token, summed, input_sums(calls))
+    return LayerSums(gram, directional, norm, token, summed, input_sums(calls))
 
 
 def _gradient(uses: Sequence[Use], rows: Tensor | slice, some: slice) -> Tensor:

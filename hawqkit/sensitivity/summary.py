@@ -54,7 +54,8 @@ def summarize(
     """
     facts = score_facts(layers, weight_error)
     sums = sums_of(samples)
-    with_token = bool((samples.token_norm > 0).any())
+    # A network without any gradient has no norms either, whatever positions were asked for.
+    with_token = bool((samples.token_norm > 0).any() or not samples.squared_gradient.any())
     names = [n for n in SCORES if with_token or n not in ("token", "token-summed", "shrunk")]
     scores = {}
     for name in names:

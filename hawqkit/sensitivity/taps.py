@@ -132,6 +132,12 @@ class Taps:
             if not (torch.is_grad_enabled() and self._awake):
                 return output
             self._refuse_shape(name, child, output)
+            if _computes_otherwise(child, inputs[0], output):
+                raise Unsupported(
+                    f"layer {name} is a {type(child).__name__} whose forward is its own and does "
+                    f"something else than {_plain_class(child).__name__} does with this weight "
+                    "(it scales, pads or normalizes), so its gradient is not known. Exclude it."
+                )
             if self._in_forward:
                 state.expected += 1
             call = calls.pop() if rounding else None
@@ -181,6 +187,32 @@ class Taps:
                 f"{self._size}; only layers whose first dimension is the examples can be measured "
                 "example by example. Exclude this layer."
             )
+
+
+def _plain_class(child: nn.Module) -> type[nn.Module]:
+    """Return the class of torch (or transformers' Conv1D) whose forward the uses assume."""
+    known = (nn.Linear, nn.Embedding, *CONVOLUTIONS, *TRANSPOSED)
+    return next((k for k in type(child).__mro__ if k in known), type(child))
+
+
+@torch.no_grad()
+def _computes_otherwise(child: nn.Module, source: Tensor, output: Tensor) -> bool:
+    """Whether a module with a forward of its own returns something else than its class would.
+
+    Such are embeddings that scale what they look up, and convolutions that pad or normalize inside.
+    """
+    plain = _plain_class(child)
+    if type(child).forward is plain.forward:
+        return False
+    try:
+        expected = plain.forward(child, source)
+    except RuntimeError:  # sizes that only the module's own forward makes fit
+        return True
+    if expected.shape != output.shape:
+        return True
+    tolerance = max(1e-3, 4 * torch.finfo(output.dtype).eps)
+    away = torch.linalg.vector_norm((expected - output).double())
+    return bool(away > tolerance * torch.linalg.vector_norm(expected.double()))
 
 
 def _use(child: nn.Module, source: Tensor, gradient: Tensor) -> Use:
