@@ -6,7 +6,6 @@ one matrix; members of a set share a format when they have the same parent modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hawqkit.errors import InputError, did_you_mean
@@ -31,6 +30,7 @@ RUNTIMES: dict[str, Runtime] = {
     r.name: r
     for r in (
         Runtime("transformers", (), "every layer by itself"),
+        Runtime("onnxruntime", (), "every layer by itself"),
         Runtime(
             "vllm",
             (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"})),
@@ -67,11 +67,3 @@ def group_key(layer: str, runtime: str) -> str:
         if leaf in fused:
             return ".".join(filter(None, [parent, "+".join(sorted(fused))]))
     return layer
-
-
-def merge_groups(layers: Sequence[str], runtime: str) -> list[list[int]]:
-    """Return lists of layer indices that share a format in `runtime`, by their first members."""
-    groups: dict[str, list[int]] = {}
-    for index, name in enumerate(layers):
-        groups.setdefault(group_key(name, runtime), []).append(index)
-    return list(groups.values())

@@ -7,10 +7,10 @@ import pytest
 from random_problems import SIX, falling_scores, llama_layers, plain_size_table
 
 from hawqkit.allocation import Problem, build_problem, make_baselines, solve, with_scores
+from hawqkit.allocation.grouping import merge_layers
 from hawqkit.errors import InputError, NumericalError
 from hawqkit.formats import parse_format
 from hawqkit.records import Floats, Layer, Mix
-from hawqkit.runtimes import merge_groups
 
 
 def embedded_layers(blocks: int) -> tuple[Layer, ...]:
@@ -48,7 +48,7 @@ def test_every_baseline_fits_the_budget_and_loses_to_the_choice(
     best = solve(problem).objective
     mixes, warnings = baselines(problem)
     assert list(mixes) == ["uniform", "ends", "weight-error", "hawq-v2"] or warnings
-    groups = merge_groups([layer.name for layer in LAYERS], runtime)
+    groups, _ = merge_layers([layer.name for layer in LAYERS], runtime)
     for mix in mixes.values():
         assert list(mix.layers) == [layer.name for layer in LAYERS]
         bits = sum(x.numel * (parse_format(mix.layers[x.name]).bits or 0) for x in LAYERS)

@@ -11,12 +11,12 @@ import pico
 import pytest
 
 import hawqkit as hk
+from hawqkit.allocation.grouping import merge_layers
 from hawqkit.errors import BudgetError, InputError
 from hawqkit.formats import parse_format
 from hawqkit.models.model import wrap_model
 from hawqkit.pipeline.choosing import ChoiceSettings, choose, size_tables
 from hawqkit.records import Allocation, Sensitivities, to_array
-from hawqkit.runtimes import merge_groups
 from hawqkit.sensitivity.confidence import KlLimit, upper_kl
 from hawqkit.sensitivity.prediction import predict
 from hawqkit.sensitivity.probing import ProbeSettings, probe
@@ -51,7 +51,7 @@ def settings(value: float, confidence: float = 0.5, **more: object) -> ChoiceSet
 
 def every_mix(table: Sensitivities) -> tuple[list[dict[str, str]], np.ndarray, np.ndarray]:
     """Return all mixes that vllm's groups allow, their stored bits and their summed scores."""
-    groups = merge_groups([layer.name for layer in table.layers], "vllm")
+    groups, _ = merge_layers([layer.name for layer in table.layers], "vllm")
     values = to_array(table.scores["token"].values)
     bits = np.array(
         [

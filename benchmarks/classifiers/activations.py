@@ -1,17 +1,16 @@
-"""Rounded inputs of layers: which score foretells them, which observer loses least, what they cost.
+"""Rounded inputs of layers: which score foretells them, which observer loses least.
 
     python benchmarks/classifiers/activations.py [SUBJECT] [--examples 512] [--held-out 1000]
 
 1. Every layer by itself in each format: what the scores predict against the measured KL.
 2. All layers with 8-bit weights and inputs of few bits: KL and accuracy of each observer.
-3. Seconds of the probe over a forward and a backward pass with the gradients of all weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,11 +18,9 @@ from scipy.stats import spearmanr
 from subjects import SUBJECTS
 
 import hawqkit as hk
-from hawqkit.models.batch import predictions
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import to_array
 from hawqkit.sensitivity.fitting import ranges_for
-from hawqkit.sensitivity.probing import Prober, ProbeSettings
 from hawqkit.validation.measuring import TokenResults, measure_text
 
 FORMATS = ("w8a8", "w8a4", "w8a3", "w4a4", "w4a8")
@@ -38,8 +35,6 @@ SETTINGS = {
     "entropy": hk.ActivationSettings(observer="entropy"),
     "dynamic": hk.ActivationSettings(mode="dynamic"),
 }
-BATCH = 32
-ROUNDS = 5
 
 
 def main() -> None:
@@ -64,7 +59,6 @@ def main() -> None:
     print(f"{subject.name}, {args.examples} examples calibrate, {args.held_out} held-out measure")
     compare_scores(model, data, held_out)
     compare_observers(model, data, held_out)
-    print_costs(model, data)
 
 
 def measured(
@@ -146,50 +140,6 @@ def compare_observers(model: LoadedModel, data: hk.Examples, held_out: hk.Exampl
             for r in measured(model, mixes, held_out, ranges).values()
         ]
         print(f"| {what} | {' | '.join(cells)} | {seconds:.1f} |")
-
-
-def print_costs(model: LoadedModel, data: hk.Examples) -> None:
-    """Print medians of the probe's seconds over those of a plain pass, round by round."""
-    lists = {
-        "4 formats of weights": ["int2-channel", "int3-channel", "int4-channel", "int8-channel"],
-        "4 formats, one width of inputs": ["w2a8", "w3a8", "w4a8", "w8a8"],
-        "8 formats, two widths of inputs": [f"w{w}a{a}" for w in (2, 3, 4, 8) for a in (8, 4)],
-        "12 formats, three widths": [f"w{w}a{a}" for w in (2, 3, 4, 8) for a in (8, 4, 3)],
-    }
-    forms: dict[str, Prober] = {}
-    for what, formats in lists.items():
-        ranges = ranges_for(model, data, formats, "refuse")
-        forms[what] = Prober(model, data, formats, ProbeSettings(batch=BATCH), None, ranges)
-        forms[what].prepare()
-    ratios: dict[str, list[float]] = {what: [] for what in forms}
-    for number in range(ROUNDS + 1):
-        plain = timed(lambda n=number: train_step(model, data, n))
-        for what, prober in forms.items():
-            with prober:
-                seconds = timed(lambda p=prober, n=number: p.measure(n))
-            if number:  # the first pays for fresh memory
-                ratios[what].append(seconds / plain)
-    print(f"\nprobe over forward and backward, batches of {BATCH}, medians of {ROUNDS}")
-    for what, found in ratios.items():
-        print(f"  {what}: {np.median(found):.2f}")
-
-
-def train_step(model: LoadedModel, data: hk.Examples, number: int) -> None:
-    batch = data.micro_batch(range(number * BATCH, (number + 1) * BATCH))
-    parameters = [model.parameter(layer.name) for layer in model.layers]
-    for p in parameters:
-        p.requires_grad_(True)
-    logits = predictions(model.module, batch, model.device)[:, 0]
-    loss = torch.nn.functional.cross_entropy(logits, batch.targets[:, 0])
-    torch.autograd.grad(loss, parameters)
-    for p in parameters:
-        p.requires_grad_(False)
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from measuring import Outcome, mean_and_error, outcome, stacked
 from subjects import SUBJECTS, Subject, efficientnet_lite0
 
 import hawqkit as hk
-from hawqkit.allocation import allocate_table
+from hawqkit.allocation import allocate_table, interactions
 from hawqkit.formats import parse_format
 from hawqkit.models import Examples
 from hawqkit.records import Layer, Prediction, Sensitivities, to_array
@@ -66,6 +66,7 @@ class Result:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(1)
+    interactions.MOST_SUM = args.most_sum  # a constant of the library, which this may move
     results: dict[float, dict[str, list[Result]]] = {bits: {} for bits in args.bits}
     for seed in args.seeds:
         for bits, found in one_seed(args, seed).items():
@@ -85,6 +86,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=1024, help="that choose")
     parser.add_argument("--withheld", type=int, default=512, help="that predict alone")
     parser.add_argument("--held-out", type=int, help="examples to measure on, default all")
+    parser.add_argument(
+        "--on-training", type=int, metavar="N",
+        help="measure on N images of the training part that neither choose nor predict, instead",
+    )  # fmt: skip
+    parser.add_argument(
+        "--most-sum", type=float, default=interactions.MOST_SUM,
+        help="how far above its least the sum may go for interactions",
+    )  # fmt: skip
     parser.add_argument("--exclude", nargs="*", default=[], help="modules to leave as they are")
     parser.add_argument("--score", nargs="*", default=[], help="further scores to choose by")
     parser.add_argument("--rounding", default="searched", choices=["searched", "nearest"])
@@ -114,7 +123,7 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[float, dict[str, Resul
         folder=folder / f"probe-{subject.name}-{seed}",
     )
     print(f"{subject.name}, draw {seed}: probed in {time.perf_counter() - start:.0f} s", flush=True)
-    held_out = examples(subject, subject.held_out.take(slice(0, args.held_out)), "held out")
+    held_out = measured_on(args, subject, seed)
     found: dict[float, dict[str, Result]] = {}
     for bits in args.bits:
         mixes = choose(table, bits, args.score)
@@ -128,10 +137,22 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[float, dict[str, Resul
     return found
 
 
+def measured_on(args: argparse.Namespace, subject: Subject, seed: int) -> Examples:
+    if args.on_training is None:
+        return examples(subject, subject.held_out.take(slice(0, args.held_out)), "held out")
+    used = args.examples + args.withheld
+    rows = drawn(subject, seed)[used : used + args.on_training]
+    return examples(subject, subject.calibration.take(rows), "rest of the training part")
+
+
+def drawn(subject: Subject, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(subject.calibration), generator=generator)
+
+
 def calibration(subject: Subject, choosing: int, withheld: int, seed: int) -> Examples:
     """Draw examples to calibrate on; the last of them only predict."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(subject.calibration), generator=generator)[: choosing + withheld]
+    order = drawn(subject, seed)[: choosing + withheld]
     if len(order) < choosing + withheld:
         raise SystemExit(
             f"{subject.name} has {len(subject.calibration)} examples to calibrate on; "

@@ -1,10 +1,11 @@
 """ResNet-20 with 4-bit inputs: mixes at the bit operations of uniform w4a4 and w3a4, then tuned.
 
     python benchmarks/classifiers/tuned.py [--seeds 0 1 2] [--widths 4 3] [--epochs 3]
+    python benchmarks/classifiers/tuned.py --seeds 0 --widths 3 --epochs 1 --examples 10000
 
 The budget is the bit operations of every layer in the uniform format; the formats are 2 to 8 bits
-for weights beside inputs of 4 bits. Tuning trains on the 60,000 training images with scales learned
-and the original as a teacher. Kept in --out: started again, it goes on.
+for weights beside inputs of 4 bits. Tuning trains on the training images with the original as a
+teacher. Kept in --out: started again, it goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--widths", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--examples", type=int, default=60_000, help="that train")
+    parser.add_argument("--scales", default="both", choices=["none", "weights", "inputs", "both"])
+    parser.add_argument("--start", default="rounded", choices=["rounded", "lsq"])
+    parser.add_argument("--norms", default="re-estimated", choices=["frozen", "re-estimated"])
     parser.add_argument("--out", type=Path, default=None, help="folder, default within the cache")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -41,7 +46,7 @@ def main() -> None:
     lost: dict[int, list[float]] = {}
     for seed in args.seeds:
         for width in args.widths:
-            before, after = one(seed, width, args.epochs, args.out or cache() / "tuned")
+            before, after = one(seed, width, args)
             lost.setdefault(width, []).append(100 * (before - after))
     for width, points in lost.items():
         print(
@@ -50,8 +55,9 @@ def main() -> None:
         )
 
 
-def one(seed: int, width: int, epochs: float, folder: Path) -> tuple[float, float]:
+def one(seed: int, width: int, args: argparse.Namespace) -> tuple[float, float]:
     """Return the accuracy of the original and of the tuned mix."""
+    folder: Path = args.out or cache() / "tuned"
     subject = resnet20(seed)
     model = hk.wrap_model(subject.module, name=subject.name)
     shown = calibration(subject, 1024, 512, seed)
@@ -61,24 +67,27 @@ def one(seed: int, width: int, epochs: float, folder: Path) -> tuple[float, floa
     limit = sum(layer.macs * width * INPUT_BITS for layer in table.layers)
     chosen = hk.allocate(table, bops=limit, draws=0, baselines=("uniform",))
     held_out = examples(subject, subject.held_out, "held out")
-    training = examples(subject, subject.calibration, "training part")
+    part = subject.calibration.take(slice(0, args.examples))
+    training = examples(subject, part, "training part")
+    how = f"{args.examples}-{args.epochs:g}-{args.scales}-{args.start}-{args.norms}"
     tuned = hk.tune(
         model,
         chosen,
         training,
         settings=TuneSettings(
-            epochs=epochs,
+            epochs=args.epochs,
             batch=128,
             optimizer="sgd",
             learning_rate=0.02,
             schedule="one-cycle",
             weight_decay=1e-4,
-            learned_scales="both",
+            learned_scales=args.scales,
+            start=args.start,
             distillation=Distillation(alpha=0.7, temperature=2.0),
-            batch_norm="re-estimated",
+            batch_norm=args.norms,
             seed=seed,
         ),
-        folder=folder / f"{subject.name}-w{width}",
+        folder=folder / f"{subject.name}-w{width}-{how}",
     )
     found = hk.validate(model, chosen, held_out, tuned=tuned).classification["held-out"]
     original = found.original.accuracy

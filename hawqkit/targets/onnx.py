@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 NAME = "onnx"
 ABOUT = "model.onnx: weights as codes behind DequantizeLinear, for ONNX Runtime (classifiers)"
-RUNTIMES: tuple[str, ...] = ("transformers",)
+RUNTIMES: tuple[str, ...] = ("onnxruntime",)
 SIZED = True
 
 GRAPH = "model.onnx"
