@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hawqkit.models.loading import load_model
     from hawqkit.models.model import wrap_model
     from hawqkit.models.operations import count_operations, with_operations
-    from hawqkit.pipeline.surface import allocate, export, validate
+    from hawqkit.pipeline.surface import allocate, export, predict_linearized, validate
     from hawqkit.pipeline.timing import write_latencies
     from hawqkit.quantize.activations import ActivationSettings, calibrate_activations
     from hawqkit.records import (
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Landscape,
         LatencyTable,
         Layer,
+        Linearized,
         Provenance,
         Sensitivities,
         Spectrum,
@@ -61,12 +62,14 @@ if TYPE_CHECKING:
         layer_ranks,
         layer_top_eigenpairs,
     )
+    from hawqkit.targets.gguf import measure_gguf
     from hawqkit.targets.onnx import measure_graph
     from hawqkit.targets.onnx_latency import measure_latency
     from hawqkit.tuning.outcome import Tuned
     from hawqkit.tuning.saved import load_tuned
     from hawqkit.tuning.settings import Distillation, TuneSettings
     from hawqkit.tuning.tuning import tune
+    from hawqkit.validation.losses import measure_loss
 
 __version__ = "0.1.0"
 
@@ -86,6 +89,8 @@ _HOMES = {
     "Landscape": "hawqkit.records",
     "LatencyTable": "hawqkit.records",
     "Layer": "hawqkit.records",
+    "LossMeasurement": "hawqkit.records",
+    "Linearized": "hawqkit.records",
     "Objective": "hawqkit.curvature.objective",
     "Provenance": "hawqkit.records",
     "Sensitivities": "hawqkit.records",
@@ -124,10 +129,13 @@ _HOMES = {
     "loss_landscape": "hawqkit.spectrum.landscape",
     "make_examples": "hawqkit.models.examples",
     "measure_deep_linear_ranks": "hawqkit.spectrum.deep_linear",
+    "measure_gguf": "hawqkit.targets.gguf",
     "measure_graph": "hawqkit.targets.onnx",
     "measure_latency": "hawqkit.targets.onnx_latency",
+    "measure_loss": "hawqkit.validation.losses",
     "measure_spectrum": "hawqkit.spectrum.measuring",
     "outliers": "hawqkit.spectrum.outliers",
+    "predict_linearized": "hawqkit.pipeline.surface",
     "probe": "hawqkit.sensitivity.probing",
     "rank": "hawqkit.estimators.ranks",
     "squared_error": "hawqkit.curvature.objective",
@@ -157,6 +165,8 @@ __all__ = [
     "Landscape",
     "LatencyTable",
     "Layer",
+    "Linearized",
+    "LossMeasurement",
     "Objective",
     "Provenance",
     "Sensitivities",
@@ -196,10 +206,13 @@ __all__ = [
     "loss_landscape",
     "make_examples",
     "measure_deep_linear_ranks",
+    "measure_gguf",
     "measure_graph",
     "measure_latency",
+    "measure_loss",
     "measure_spectrum",
     "outliers",
+    "predict_linearized",
     "probe",
     "rank",
     "squared_error",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 from hawqkit.errors import HawqkitError, StateMismatch
 from hawqkit.store import Arrays, fingerprint, read_arrays, to_json, write_arrays, write_text_atomic
 
+# Names of files that are not whole yet: of `store.write_bytes_atomic`, and of eigenpairs.
+_PARTIAL = re.compile(
+    r"\.(?:batch-\d{5,}\.safetensors|facts\.json)\.[a-z0-9_]{8}|\.eigenpairs\.safetensors\.\d+"
+)
 _ADVICE = "Choose another run folder (--output), or remove this one to measure again."
 
 
@@ -102,6 +107,22 @@ class Journal:
 
     def _path(self, batch: int) -> Path:
         return self.folder / f"batch-{batch:05d}.safetensors"
+
+
+def sweep(folder: str | Path) -> int:
+    """Remove what killed processes left half written in journals, and return how many files.
+
+    Those are files beside a journal's results, under the name that they have until they are whole.
+    Another process may be about to rename one: call it only while
+    the run folder is `locked`, and before this run writes.
+
+    Args:
+        folder: a journal, or a folder of journals; may be missing.
+    """
+    found = [p for p in Path(folder).rglob(".*") if _PARTIAL.fullmatch(p.name) and p.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 def _short(value: Any) -> str:

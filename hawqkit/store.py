@@ -43,7 +43,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
+        share(temporary)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -225,10 +225,14 @@ def _sorted_json(metadata: Mapping[str, str]) -> str:
     return json.dumps(metadata, sort_keys=True)
 
 
-def _umask() -> int:
+def share(path: str | Path) -> None:
+    """Give a file or folder the mode that `open` or `mkdir` would: what the umask leaves.
+
+    Temporary files and files of safetensors belong to the owner alone, whatever the umask says.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    Path(path).chmod((0o777 if Path(path).is_dir() else 0o666) & ~mask)
 
 
 def _sync_folder(folder: Path) -> None:

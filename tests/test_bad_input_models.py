@@ -159,6 +159,32 @@ def test_misfits_are_skipped_where_the_recipe_says_so(models: Path, here: Path) 
     assert reason in page
 
 
+def test_misfits_take_the_formats_that_fit_where_the_recipe_says_so(
+    models: Path, here: Path
+) -> None:
+    overrides = sets(
+        "model.source=narrow", "formats=[int2-g64, int3-g32, mxfp4, int8-g64]",
+        "layers.misfits=partial", "budget.average_bits=5", "stability.draws=8",
+        "validate.baselines=[uniform, ends, weight-error]",
+    )  # fmt: skip
+    succeed("run", "r.yaml", "-o", "partial", *overrides)
+    run = here / "partial"
+    table = json.loads((run / "sensitivities.json").read_text())
+    narrow = {f"model.layers.{block}.mlp.down_proj" for block in (0, 1)}
+    assert narrow <= {layer["name"] for layer in table["layers"]}
+    for layer, errors in zip(table["layers"], table["weight_error"], strict=True):
+        empty = [errors[0] is None, errors[3] is None]
+        assert empty == [layer["name"] in narrow] * 2
+        assert errors[1] is not None
+        assert errors[2] is not None
+    mix = json.loads((run / "allocation.json").read_text())["layers"]
+    assert len(mix) == 14
+    assert {mix[name] for name in narrow} <= {"int3-g32", "mxfp4"}
+    assert any("g64" in mix[name] for name in set(mix) - narrow)
+    measured = json.loads((run / "validation.json").read_text())["mixes"]
+    assert all(np.isfinite(m["measured"][text]["kl"]) for m in measured for text in m["measured"])
+
+
 def test_nothing_left_after_skipping_is_refused(here: Path) -> None:
     refuse(
         here,

@@ -28,6 +28,7 @@ VERBS = [
     "tune",
     "validate",
     "export",
+    "import",
     "report",
     "show",
     "formats",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pico
 import pytest
+import torch
 from PIL import Image
 
 import hawqkit
@@ -38,7 +39,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 pixels = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
     pico.save_image_classifier(tmp_path / "my-resnet")
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     for asked, there in (("512", "30"), ("256", "20"), ("1000", "50")):
         assert asked in code
         code = code.replace(asked, there)
@@ -49,3 +50,17 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(layer.macs > 0 for layer in names["model"].layers)
     assert set(names["allocation"].layers) == {layer.name for layer in names["model"].layers}
     assert isinstance(names["validation"], hawqkit.Validation)
+
+
+def test_the_example_of_another_loss_runs() -> None:
+    _, code = blocks("python")
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    pico.fill(module, 1)
+    x = torch.randn(128, 4, generator=generator)
+    y = (torch.randn(128, 3, generator=generator) > 0).float()
+    names: dict[str, object] = {"module": module, "x": x, "y": y}
+    names["held_out"] = hawqkit.make_examples(x, targets=y)
+    exec(compile(code, "docs/classifiers.md", "exec"), names)
+    assert names["measured"].loss == "logistic loss"
+    assert names["measured"].chosen.curved > 0

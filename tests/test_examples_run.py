@@ -127,3 +127,15 @@ def test_the_resnet_example_draws_density_and_landscape(tmp_path: Path) -> None:
     near = abs(t) <= 0.051  # where the quadratic model holds
     model = line.quadratic(t[near]) - line.center
     assert (loss.numpy()[near] - line.center) == pytest.approx(model, rel=0.3, abs=1e-3)
+
+
+def test_the_example_of_any_loss_predicts_what_it_measures(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured = example("any_loss")["main"]()
+    chosen, uniform = measured.mixes
+    assert chosen.prediction is not None
+    error = (chosen.prediction.joint_stderr**2 + chosen.curved_stderr**2) ** 0.5
+    assert abs(chosen.prediction.joint - chosen.curved) < 4 * error
+    assert chosen.curved < uniform.curved
+    assert "Huber loss of the original" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_every_pair_is_a_channel_format_with_bits_for_the_inputs(weights: int, i
 
 
 def test_a_name_with_activations_stores_what_its_weights_store() -> None:
-    for name in format_names():
+    for name in format_names("integer"):
         if name == "none":
             continue
         plain, rounded = parse_format(name), parse_format(f"{name}-a4")
@@ -78,7 +78,7 @@ def test_the_pattern_of_the_schema_is_the_grammar() -> None:
         f"int{b}-{g}{t}-a{a}" for b in bits for g in groups for t in ("", "-asym") for a in bits
     ]
     names += [f"w{b}a{a}{t}" for b in bits for a in bits for t in ("", "-asym")]
-    for name in (*names, *format_names()):
+    for name in (*names, *format_names("integer")):
         try:
             known = parse_format(name).activation_bits is not None
         except InputError:
@@ -114,5 +114,7 @@ def test_a_target_of_weights_refuses_inputs_and_bits_holds_them() -> None:
 
     assert problems("compressed-tensors", "int4-g64") == []
     (problem,) = problems("compressed-tensors", "int4-g64-a8")
-    assert "would not be quantized; use 'int4-g64'" in problem
+    assert "writes 'int8-channel-a8' alone" in problem
+    assert "use that or 'int4-g64', or export 'bits'" in problem
+    assert problems("compressed-tensors", "w8a8") == []
     assert problems("bits", "int4-g64-a8") == []

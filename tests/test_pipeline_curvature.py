@@ -171,7 +171,7 @@ def test_another_setting_in_the_same_folder_is_refused(made: Path, here: Path) -
         ("sensitivity.also=[token]", "unknown score of the true Hessian 'token'"),
         ("sensitivity.also=[hessian-trace, hessian-trace]", "stands more than once"),
         ("sensitivity.curvature.sequences=5", "it has 4 that choose"),
-        ("sensitivity.curvature.shards=5", "use fewer shards or more sequences"),
+        ("sensitivity.curvature.shards=5", "use fewer shards, or raise it"),
         ("sensitivity.curvature.max_products=1", "at least 2"),
         ("sensitivity.curvature.max_probes=1", "at least 2"),
         ("sensitivity.curvature.relative_error=0.0", "above 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hawqkit.formats import parse_format
 from hawqkit.models.model import wrap_model
 from hawqkit.pipeline.choosing import ChoiceSettings, choose, size_tables
 from hawqkit.records import Allocation, Sensitivities, to_array
+from hawqkit.runtimes import RUNTIMES, Runtime
 from hawqkit.sensitivity.confidence import KlLimit, upper_kl
 from hawqkit.sensitivity.prediction import predict
 from hawqkit.sensitivity.probing import ProbeSettings, probe
@@ -24,6 +26,14 @@ from hawqkit.store import read_record, write_record
 
 FORMATS = ["int3-g32", "int4-g32", "int8-g32"]
 CONFIDENCES = (0.5, 0.8, 0.9, 0.99)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fused_runtime() -> Iterator[None]:
+    """Make a runtime known that fuses layers as vllm does and, unlike it, runs every format."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RUNTIMES, "fused", Runtime("fused", RUNTIMES["vllm"].fused, "for tests"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +55,18 @@ def seen(table: Sensitivities) -> Sensitivities:
 
 def settings(value: float, confidence: float = 0.5, **more: object) -> ChoiceSettings:
     return ChoiceSettings(  # type: ignore[arg-type]
-        **{"budgets": {}, "runtime": "vllm", "max_predicted_kl": KlLimit(value, confidence), **more}
+        **{
+            "budgets": {},
+            "runtime": "fused",
+            "max_predicted_kl": KlLimit(value, confidence),
+            **more,
+        }
     )
 
 
 def every_mix(table: Sensitivities) -> tuple[list[dict[str, str]], np.ndarray, np.ndarray]:
     """Return all mixes that vllm's groups allow, their stored bits and their summed scores."""
-    groups, _ = merge_layers([layer.name for layer in table.layers], "vllm")
+    groups, _ = merge_layers([layer.name for layer in table.layers], "fused")
     values = to_array(table.scores["token"].values)
     bits = np.array(
         [
@@ -203,7 +218,7 @@ def test_an_unreachable_limit_is_refused_with_the_least_kl(seen: Sensitivities) 
 def test_the_python_surface_takes_a_number_or_a_mapping(table: Sensitivities) -> None:
     _, _, sums = every_mix(table)
     value = float(0.2 * sums.max())
-    options = {"runtime": "vllm", "draws": 3, "baselines": ("uniform",)}
+    options = {"runtime": "fused", "draws": 3, "baselines": ("uniform",)}
     plain = hk.allocate(table, max_predicted_kl=value, **options)
     sure = hk.allocate(table, max_predicted_kl={"value": value, "confidence": 0.99}, **options)
     assert plain.kl_budget is not None

@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         shown = succeed("tune", "run", *sets(*TUNE)).output
-    assert "4 steps on 8 examples" in shown
+    assert "4 steps on 8 sequences" in shown
     assert "tuned" in shown
     return folder
 

@@ -14,7 +14,6 @@ from hawqkit.models.model import wrap_model
 from hawqkit.records import Sensitivities, to_array
 from hawqkit.sensitivity.confidence import (
     CHOOSING,
-    WITHHELD,
     KlLimit,
     make_forecast,
     upper_kl,
@@ -77,7 +76,7 @@ def test_half_confidence_limits_the_prediction_and_needs_neither_spread_nor_erro
     assert upper_kl(0.2, math.inf, None, KlLimit(1.0)) == 0.2
     with pytest.raises(InputError, match=r"participation ratio.*sensitivity\.batch of 2"):
         upper_kl(0.2, 0.01, None, KlLimit(1.0, 0.9))
-    with pytest.raises(InputError, match=r"standard error.*several documents"):
+    with pytest.raises(InputError, match=r"standard error.*data of several"):
         upper_kl(0.2, math.inf, 0.1, KlLimit(1.0, 0.9))
 
 
@@ -99,7 +98,7 @@ def test_withheld_sequences_predict_where_there_are_any(table: Sensitivities) ->
     found = predict(table.samples, table.layers, table.formats, mix)
     assert forecast.expect(mix) == (found.kl, found.kl_stderr)
     assert forecast.spread == found.spread
-    assert (forecast.source, forecast.sequences) == (WITHHELD, 4)
+    assert (forecast.source, forecast.sequences) == ("withheld sequences", 4)
 
 
 @pytest.mark.parametrize("name", ["token", "trace", "directional", "shrunk"])

@@ -138,12 +138,17 @@ def test_targets_are_checked_and_sized_without_torch() -> None:
     code = (
         "import sys; from hawqkit.targets import TARGETS, find_target;"
         "from hawqkit.records import Layer, ModelFacts, Tensor;"
-        "layers = [Layer('up', 'linear', 8, 64, 'float32')];"
-        "tensors = (Tensor('up.weight', 'float32', (8, 64)),);"
-        "facts = ModelFacts('m', '', 'A', 512, 'float32', tensors, {'model_type': 'llama'});"
-        "found = [find_target(n).problems({'up': 'int4-g64'}, layers, facts) for n in TARGETS];"
-        "assert found == [[], [], []], found;"
-        "assert find_target('compressed-tensors').size({'up': 'int4-g64'}, layers, facts) > 256;"
+        "name = 'model.layers.0.mlp.up_proj';"
+        "layers = [Layer(name, 'linear', 256, 256, 'float32')];"
+        "tensors = (Tensor(name + '.weight', 'float32', (256, 256)),);"
+        "facts = ModelFacts('m', '', 'A', 65536, 'float32', tensors,"
+        "                   {'model_type': 'llama', 'num_hidden_layers': 1});"
+        "every = [find_target(n) for n in TARGETS];"
+        "mixes = [{name: t.capabilities().formats()[0]} for t in every];"
+        "found = [t.problems(mix, layers, facts) for t, mix in zip(every, mixes)];"
+        "assert not any(found), found;"
+        "mix = {name: 'int4-g64'};"
+        "assert find_target('compressed-tensors').size(mix, layers, facts) > 32768;"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)

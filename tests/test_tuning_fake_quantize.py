@@ -25,7 +25,7 @@ from hawqkit.tuning.outcome import range_of
 from hawqkit.tuning.settings import TuneSettings
 from hawqkit.tuning.student import SMALLEST_STEP, Student
 
-FORMATS = [name for name in format_names() if name != "none" and "g128" not in name]
+FORMATS = [name for name in format_names("integer") if name != "none" and "g128" not in name]
 
 
 def weight_of(rows: int = 3, columns: int = 64, seed: int = 0, dtype=torch.float64) -> Tensor:

@@ -18,6 +18,11 @@ is trained from one, the network.
     hawq-v2       the average trace of the true Hessian times |dW|^2; `trace` is the same with the
                   Gauss-Newton matrix, from the probe
 
+Each mix is also predicted on the examples that choose nothing, by an exact softmax of logits that
+are linear in the errors of all layers, or lie on a parabola through those at a quarter of the
+errors, and measured on those same examples; ratios to that are paired. `joint / measured` compares
+the withheld examples with the held-out ones.
+
 MiniLM has 500 examples to calibrate on: give it `--examples 400 --withheld 100`.
 
 Differences are paired by example. Logits are kept in --out: started again, it goes on.
@@ -34,17 +39,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from data import Arrays, cache
-from measuring import Outcome, mean_and_error, outcome, stacked
+from measuring import BATCH, Outcome, mean_and_error, outcome, stacked
 from subjects import SUBJECTS, Subject, efficientnet_lite0
 
 import hawqkit as hk
 from hawqkit.allocation import allocate_table, interactions
 from hawqkit.formats import parse_format
 from hawqkit.models import Examples
-from hawqkit.records import Layer, Prediction, Sensitivities, to_array
+from hawqkit.records import Layer, Linearized, Prediction, Sensitivities, to_array
 from hawqkit.sensitivity.curvature_probe import CurvatureSettings
 from hawqkit.sensitivity.prediction import predict
-from hawqkit.sensitivity.probing import ProbeSettings
+from hawqkit.sensitivity.probing import ProbeSettings, untracked
+from hawqkit.validation.linearized import linearized_kl
 
 FORMATS = ["int2-channel", "int3-channel", "int4-channel", "int5-channel", "int6-channel"]
 FORMATS += ["int8-channel"]
@@ -60,6 +66,7 @@ class Result:
     mix: Mix
     bits: float
     predicted: Prediction
+    linear: Linearized
     found: Outcome
 
 
@@ -132,7 +139,10 @@ def one_seed(args: argparse.Namespace, seed: int) -> dict[float, dict[str, Resul
             done = outcome(model, mix, held_out, rounding=args.rounding, folder=folder)
             assert table.samples is not None
             told = predict(table.samples, table.layers, FORMATS, mix)
-            found[bits][name] = Result(mix, bits_of(table.layers, mix), told, done)
+            linear = linearized_kl(
+                model, mix, shown, rounding=args.rounding, batch=BATCH, track=untracked
+            )
+            found[bits][name] = Result(mix, bits_of(table.layers, mix), told, linear, done)
             print(f"{subject.name} {bits:g} {name}: KL {done.kl.mean():.4f}", flush=True)
     return found
 
@@ -232,6 +242,8 @@ def table_of(rows: Mapping[str, list[Result]]) -> str:
     ours = [r.found for r in rows[OURS]]
     head = ["way", "bits", "KL", "KL minus ours", "errors, a seed", "flips %", "accuracy %"]
     head += ["minus ours", "predicted: layers", "joint", "joint / measured"]
+    head += ["quadratic", "linear logits", "parabola", "measured there"]
+    head += ["linear / measured", "parabola / measured"]
     made = []
     for name, results in rows.items():
         found = [r.found for r in results]
@@ -248,12 +260,40 @@ def table_of(rows: Mapping[str, list[Result]]) -> str:
         )
         error /= np.sqrt(len(results))
         cells += [f"{told:.4f}", f"{joint:.4f} ± {error:.4f}", f"{joint / kl.mean():.2f}"]
+        cells += _linear_cells([r.linear for r in results])
         made.append((float(kl.mean()), "| " + " | ".join(cells) + " |"))
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     was = 100 * stacked(ours, "was_right")
     return "\n".join([*lines, *(row for _, row in sorted(made))]) + (
         f"\n\nThe original: {_plus(was, digits=2)} % right.\n"
     )
+
+
+def _linear_cells(found: Sequence[Linearized]) -> list[str]:
+    """Return means over seeds, and the ratios of two predictions to what is measured."""
+    names = ("quadratic", "kl", "parabolic", "measured")
+    means = [np.mean([getattr(f, name) for f in found]) for name in names]
+    ways = "" if {f.how for f in found} == {"forward"} else " by difference"
+    return [
+        *(f"{mean:.4f}" for mean in means),
+        f"{_ratio(found, 'kl', '')}{ways}",
+        _ratio(found, "parabolic", "parabolic_"),
+    ]
+
+
+def _ratio(found: Sequence[Linearized], name: str, prefix: str) -> str:
+    """Return R = sum K / sum M over seeds with the error of sum (K - R M) / sum M, and each seed's.
+
+    K is the prediction, M the measurement; seeds draw their examples independently, and with r the
+    ratio of a seed and dr its paired error, K - R M has the error M dr.
+    """
+    measured = np.array([f.measured for f in found])
+    ratios = np.array([getattr(f, f"{prefix}ratio") for f in found])
+    errors = np.array([getattr(f, f"{prefix}ratio_stderr") for f in found])
+    mean = sum(getattr(f, name) for f in found) / measured.sum()
+    error = float(np.linalg.norm(measured * errors) / measured.sum())
+    each = ", ".join(f"{r:.2f} ± {e:.2f}" for r, e in zip(ratios, errors, strict=True))
+    return f"{mean:.3f} ± {error:.3f}" + (f" ({each})" if len(found) > 1 else "")
 
 
 def _plus(values: np.ndarray, sign: str = "", digits: int = 4) -> str:

@@ -32,7 +32,7 @@ def check_budgets(problem: Problem) -> None:
         large = resource.used(largest_choice(problem, resource.costs))
         problems.append(
             f"budget {_asked(resource)} cannot be met: with the formats "
-            f"{', '.join(problem.formats)} these {len(problem.layers)} layers take at least "
+            f"{', '.join(_formats(problem))} these {len(problem.layers)} layers take at least "
             f"{resource.figure(small)} and at most {resource.figure(large)}."
         )
     if problems:
@@ -92,7 +92,7 @@ def unreachable(
         formats_reach: the least without other budgets, None where that would do.
         conflicts: other budgets that the limit alone exceeds.
     """
-    names = ", ".join(problem.formats)
+    names = ", ".join(_formats(problem))
     if formats_reach is not None:
         return BudgetError(
             f"budget {asked} cannot be met: with the formats {names} the least that these "
@@ -132,3 +132,8 @@ def _least(problem: Problem, wanted: Resource, within: Resource) -> int:
     outcome = run_program(alone, about=float(np.where(knapsack.kept, amounts, 0.0).max()))
     assert outcome.choice is not None, "each budget was found possible by itself"
     return wanted.used(outcome.choice)
+
+
+def _formats(problem: Problem) -> list[str]:
+    """Return the formats that some layer may take."""
+    return [n for column, n in enumerate(problem.formats) if problem.allowed[:, column].any()]

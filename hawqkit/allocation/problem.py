@@ -249,10 +249,11 @@ def _allowed_cells(
 def _check_layers(layers: Sequence[Layer], formats: Sequence[str], allowed: Booleans) -> None:
     for row in np.flatnonzero(~allowed.any(axis=1)):
         layer = layers[int(row)]
+        fitting = fitting_formats(layer.columns, parse_format(formats[0]).family)
         raise Unsupported(
             f"layer {layer.name!r} ({layer.columns} columns) can take none of the formats "
             f"{', '.join(formats)}: a group size must divide the columns. Formats that fit: "
-            f"{', '.join(fitting_formats(layer.columns))}. Add one of them or exclude the layer."
+            f"{', '.join(fitting)}. Add one of them or exclude the layer."
         )
 
 

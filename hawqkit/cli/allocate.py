@@ -82,6 +82,7 @@ def allocate(
         _allocate_table(source, budgets, output, [k for k, v in given.items() if v is not None])
         return
     from hawqkit import pipeline
+    from hawqkit.pipeline.folder import RunFolder
     from hawqkit.recipe import load_budget
 
     limits = [*budgets, *([] if limit is None else [f"max_predicted_kl={limit}"])]
@@ -97,7 +98,7 @@ def allocate(
         latency_table=latency_table,
         interactions=interactions,
     )
-    click.echo(describe(allocation))
+    click.echo(describe(allocation, RunFolder(source).read_data().many))
     click.echo(f"written to {output or source / 'allocation.json'}")
 
 
@@ -120,8 +121,13 @@ def _allocate_table(
     click.echo(f"written to {output}" if output else "written nowhere; -o FILE keeps it as JSON")
 
 
-def describe(allocation: Allocation) -> str:
-    """Return an allocation in a few lines."""
+def describe(allocation: Allocation, many: str) -> str:
+    """Return an allocation in a few lines.
+
+    Args:
+        allocation: of a run.
+        many: what its data are called, `images` say.
+    """
     totals, gap = allocation.totals, allocation.certificate.relative_gap
     sizes = "".join(f", {size:,} bytes as {target}" for target, size in totals.size.items())
     taken = f"{totals.average_bits:.4f} average bits, {totals.bits_per_weight:.4f} bits per weight"
@@ -136,7 +142,9 @@ def describe(allocation: Allocation) -> str:
     ]
     if allocation.prediction is not None:
         p = allocation.prediction
-        lines.append(f"predicted KL {p.kl:.5f} +- {p.kl_stderr:.5f} nats, from withheld sequences")
+        lines.append(
+            f"predicted KL {p.kl:.5f} +- {p.kl_stderr:.5f} nats, from {p.sequences} withheld {many}"
+        )
         if allocation.interactions:
             lines.append(
                 f"with what layers do together: {p.joint:.5f} +- {p.joint_stderr:.5f} nats; it "

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from hawqkit.formats import Format
 
 SHAPE = (4096, 4096)  # rows, columns: an attention projection of a 7B model
 STORED_BITS = 16
+
+
+def _scope(form: Format) -> str:
+    """Return how many columns share a scale, in words."""
+    if form.bits is None:
+        return "-"
+    return "all rows" if form.per_tensor else str(form.group_size or "all")
 
 
 @click.command()
@@ -36,7 +48,7 @@ def formats() -> None:
         table.add_row(
             name,
             "stored" if format_.bits is None else str(format_.bits),
-            "-" if format_.bits is None else str(format_.group_size or "all"),
+            _scope(format_),
             "-" if format_.symmetric else "yes",
             f"{taken:.4f}",
         )
@@ -44,7 +56,7 @@ def formats() -> None:
     console.print(table)
     widths = ", ".join(map(str, ACTIVATION_BITS))
     console.print(
-        f"Each but none may end in -a<bits>, with bits one of {widths}:\n"
+        f"Each int format may end in -a<bits>, with bits one of {widths}:\n"
         "the layer's inputs are quantized too, which stores nothing more.\n"
         "w4a8 is short for int4-channel-a8, w4a8-asym for int4-channel-asym-a8.",
         highlight=False,

@@ -9,12 +9,10 @@ import click
 if TYPE_CHECKING:
     from hawqkit.targets import Target
 
-EDGE = 1024  # rows and columns of the example layer: every group size divides it
-
 
 @click.command()
 def targets() -> None:
-    """List the targets, who reads them, and which formats each can hold."""
+    """List the targets, who reads them, and which formats and layers each can hold."""
     from hawqkit.targets import TARGETS, find_target
 
     for name in TARGETS:
@@ -23,41 +21,42 @@ def targets() -> None:
         sized = "can be limited by budget.size" if target.SIZED else "has no size to limit"
         click.echo(f"{name}: {target.ABOUT}")
         click.echo(f"  read by {readers}; {sized}")
-        for line in held_formats(target):
+        for line in (*held_formats(target), *held_layers(target)):
             click.echo(f"  {line}")
 
 
 def held_formats(target: Target) -> list[str]:
     """Return the formats that a target holds, widths with the same groups on one line."""
-    from hawqkit.formats import ACTIVATION_BITS, NONE, format_names
+    from hawqkit.formats import INTEGER, parse_format
 
+    can = target.capabilities()
     groups: dict[str, list[str]] = {}
-    for name in format_names():
-        width, _, group = name.partition("-")
-        if name != NONE.name and holds(target, name):
+    others = []
+    for name in can.formats():
+        format_ = parse_format(name)
+        if format_.family != INTEGER:
+            others.append(name)
+        elif format_.quantizes:
+            width, _, group = name.partition("-")
             groups.setdefault(width, []).append(group)
     merged: dict[tuple[str, ...], list[str]] = {}
     for width, variants in groups.items():
         merged.setdefault(tuple(variants), []).append(width)
     lines = [f"{' '.join(widths)}: {' '.join(variants)}" for variants, widths in merged.items()]
-    acts = [f"-a{b}" for b in ACTIVATION_BITS if holds(target, f"int8-channel-a{b}")]
-    lines.append(f"inputs of layers: {' '.join(acts) or 'not quantized'}")
-    return [*lines, NONE.name] if holds(target, NONE.name) else lines
+    acts = " ".join(f"-a{bits}" for bits in can.activations())
+    lines += [" ".join(others)] if others else []
+    return [*lines, f"inputs of layers: {acts or 'not quantized'}", "none"]
 
 
-def holds(target: Target, name: str) -> bool:
-    """Ask the target itself, with one layer of a Llama that every group size fits."""
-    from hawqkit.records import Layer, ModelFacts, Tensor
-
-    layer = Layer("model.layers.0.mlp.down_proj", "linear", EDGE, EDGE, "bfloat16", 0)
-    stored = Tensor(f"{layer.name}.weight", layer.dtype, (layer.rows, layer.columns))
-    facts = ModelFacts(
-        "example",
-        "",
-        "LlamaForCausalLM",
-        layer.numel,
-        layer.dtype,
-        tensors=(stored,),
-        config={"model_type": "llama"},
-    )
-    return not target.problems({layer.name: name}, [layer], facts)
+def held_layers(target: Target) -> list[str]:
+    """Return which layers a target quantizes, and what it demands of them."""
+    can = target.capabilities()
+    demands = [f"layers: {', '.join(can.kinds)}{'' if can.tied else '; none that shares a weight'}"]
+    for what, multiple in (("rows", can.rows_multiple), ("columns", can.columns_multiple)):
+        if multiple > 1:
+            demands.append(f"{what} in multiples of {multiple}")
+    if not can.mixed:
+        demands.append("all quantized layers in one format")
+    if can.shares is not None:
+        demands.append(f"layers that runtime {can.shares!r} fuses share a format")
+    return ["; ".join(demands)]

@@ -12,7 +12,7 @@ from hawqkit.cli.options import run_argument
 @click.command()
 @run_argument
 def validate(folder: Path) -> None:
-    """Measure the allocation of RUN and its baselines on text that the choice never saw."""
+    """Measure the allocation of RUN and its baselines on data that the choice never saw."""
     from hawqkit import pipeline
     from hawqkit.pipeline.folder import RunFolder
     from hawqkit.pipeline.progress import speaker

@@ -44,8 +44,10 @@ class Objective:
         residual: (z, batch, draw) -> gradient of the sum with labels drawn from the model itself,
             for the sampled Fisher; None where the loss is no log-likelihood that can be drawn from.
         root: (z, batch, X) -> R X with R R' the second derivative by z, for X of z's shape; None
-            where it is not known. Traces of all layers at once need it.
-        name: what records call it.
+            where it is not known. Traces of all layers at once need it; `probe` makes one where
+            there is none.
+        name: what records call it. What a probe has measured is kept under this name, so two losses
+            must not share one.
     """
 
     outputs: Callable[[nn.Module, Any], Tensor]
@@ -269,6 +271,11 @@ def _labels(z: Tensor, batch: Any) -> Tensor:
     """Return labels of shape z.shape[:-1], cut to predictions that are shifted by one position."""
     y = _targets(batch)
     assert y is not None
+    if isinstance(batch, ExampleBatch) and y.is_floating_point():
+        raise InputError(
+            "cross_entropy: these examples have floating targets, and it needs whole numbers, the "
+            "classes; give make_examples whole numbers, or take another objective."
+        )
     if y.ndim >= 2 and z.ndim >= 3 and y.shape[1] == z.shape[1] + 1:
         y = y[:, 1:]
     if y.shape != z.shape[:-1]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from hawqkit.errors import InputError, StateMismatch
 from hawqkit.estimators.eigenpairs import Eigenpairs
+from hawqkit.store import share
 
 
 def save_eigenpairs(
@@ -65,6 +66,7 @@ def save_eigenpairs(
         save_file(tensors, temporary, metadata={"hawqkit": json.dumps(facts, sort_keys=True)})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        share(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -78,6 +78,13 @@ class Data(ABC):
             yield self.micro_batch(range(start, min(start + size, len(self))))
 
 
+def run_model(module: nn.Module, batch: Batch, device: torch.device) -> Any:
+    """Run a model on a batch and return whatever it returns."""
+    arguments = batch.inputs(device)
+    first = [arguments.pop(FIRST)] if FIRST in arguments else []
+    return module(*first, **arguments)
+
+
 def predictions(module: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Run a model and return its logits (b, t, V).
 
@@ -89,9 +96,7 @@ def predictions(module: nn.Module, batch: Batch, device: torch.device) -> Tensor
     Raises:
         Unsupported: it returns something else.
     """
-    arguments = batch.inputs(device)
-    first = [arguments.pop(FIRST)] if FIRST in arguments else []
-    out = module(*first, **arguments)
+    out = run_model(module, batch, device)
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         came = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

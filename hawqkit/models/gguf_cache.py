@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hawqkit.errors import HawqkitError, InputError, Unsupported
+from hawqkit.store import share
 
 CONVERSION = "v1"
 MAGIC = b"GGUF"
@@ -67,7 +68,8 @@ def converted_gguf(path: Path, source: str, cache: Path | None = None) -> Path:
     _LOG.info("converting %s (once; later loads take 0.1 s)", source)
     try:
         _convert(path, source, scratch)
-        scratch.chmod(0o755)
+        for made in (scratch, *scratch.iterdir()):
+            share(made)
         scratch.rename(target)
     except OSError as error:
         # Another process may have put the same conversion there first.

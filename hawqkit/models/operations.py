@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hawqkit.errors import Unsupported
-from hawqkit.models.batch import Batch, Data, predictions
+from hawqkit.models.batch import Batch, Data, run_model
 from hawqkit.models.model import LoadedModel
 from hawqkit.models.orientation import weight_kind
 from hawqkit.records import Layer
@@ -61,7 +61,7 @@ def count_operations(model: LoadedModel, batch: Batch) -> dict[str, Operations]:
     """
     seen: dict[str, list[_Call]] = {layer.name: [] for layer in model.layers}
     with _watching(model, seen), torch.no_grad():
-        predictions(model.module, batch, model.device)
+        run_model(model.module, batch, model.device)
     examples = len(batch.index)
     return {name: _operations(name, calls, examples) for name, calls in seen.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -10,9 +11,10 @@ from rich.table import Table
 
 from hawqkit.allocation import allocate_table
 from hawqkit.costs import Meter, available_bytes
+from hawqkit.models import Data
 from hawqkit.pipeline.activations import rehearse_ranges
 from hawqkit.pipeline.choosing import size_tables
-from hawqkit.pipeline.costing import Estimate, choosing_tokens, estimate
+from hawqkit.pipeline.costing import Estimate, choosing_tokens, estimate, predicting_tokens
 from hawqkit.pipeline.hessian_scores import open_curvature, rehearse
 from hawqkit.pipeline.inputs import (
     Inputs,
@@ -23,11 +25,14 @@ from hawqkit.pipeline.inputs import (
 )
 from hawqkit.pipeline.progress import track
 from hawqkit.pipeline.spectral import settings_of
+from hawqkit.pipeline.tuning import load_tuning_data, tune_settings
 from hawqkit.recipe import Recipe
-from hawqkit.records import DataFacts, Layer, ModelFacts, Skipped
+from hawqkit.records import ActivationRanges, DataFacts, Layer, ModelFacts, Skipped
+from hawqkit.report.wording import duration, plural, significant
 from hawqkit.sensitivity.confidence import KlLimit
 from hawqkit.sensitivity.probing import Prober, weight_errors
 from hawqkit.spectrum.rehearsing import rehearse_spectrum
+from hawqkit.tuning.rehearsing import Rehearsal, rehearse_tuning
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,9 @@ class CheckResult:
         budgets: limits on what a mix takes.
         kl_limit: on its predicted KL, None if there is none.
         cache: what `cache` resolves to.
-        batch: sequences of a micro-batch.
+        batch: examples of a micro-batch.
+        tuning: what tuning would take, None if the recipe does not ask for it.
+        tuning_bytes: peak memory while it was rehearsed.
     """
 
     processes: str
@@ -57,6 +64,8 @@ class CheckResult:
     cache: str
     batch: int
     checkpointing: bool
+    tuning: Rehearsal | None = None
+    tuning_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -68,12 +77,14 @@ def check(recipe: Recipe) -> CheckResult:
     """Load what a recipe names, refuse what would fail later, and measure one micro-batch twice.
 
     Of the true Hessian's scores, if any is asked for, it measures one layer; of a spectrum it makes
-    two products with the whole matrix and two with a layer's. Writes nothing. An impossible budget
-    is refused here, as in a run.
+    two products with the whole matrix and two with a layer's; of tuning two steps in a copy, whose
+    layers are in a format that stands for the mix. Writes nothing. An impossible budget is refused
+    here, as in a run.
     """
     processes = describe_processes()
     with Meter() as load:
         inputs = load_inputs(recipe)
+        training = load_tuning_data(recipe, inputs.model) if recipe.tune is not None else None
     device = str(inputs.model.device)
     free = available_bytes(device) + load.extra_bytes
     settings = probe_settings(recipe)
@@ -88,18 +99,7 @@ def check(recipe: Recipe) -> CheckResult:
             prober.measure(0)
     curvature_seconds, curvature_peak = rehearse(curvature, device)
     spectrum_seconds, spectrum_peak = _rehearse_spectrum(recipe, inputs, device)
-    errors = weight_errors(prober.layers, recipe.formats, prober.errors)
-    sizes = []
-    for name in recipe.formats:
-        uniform = allocate_table(
-            prober.layers,
-            [name],
-            errors[:, [recipe.formats.index(name)]],
-            budgets={"bits_per_weight": 64.0},
-            runtime=recipe.runtime,
-            size_tables=size_tables(recipe.export, prober.layers, [name], inputs.model.facts),
-        )
-        sizes.append((name, uniform.totals.bits_per_weight, uniform.totals.size))
+    tuning, tuning_peak = _rehearse_tuning(recipe, inputs, training, prober.layers, ranges)
     texts = {"calibration": inputs.calibration, **inputs.texts}
     return CheckResult(
         processes=processes,
@@ -107,28 +107,53 @@ def check(recipe: Recipe) -> CheckResult:
         layers=prober.layers,
         skipped=prober.skipped,
         texts={name: text.facts for name, text in texts.items()},
-        sizes=tuple(sizes),
+        sizes=_sizes(recipe, inputs.model.facts, prober),
         budgets=recipe.budget.limits(),
         kl_limit=recipe.budget.kl_limit(),
         predicted=estimate(
             load_seconds=load.seconds,
             round_seconds=rounding.seconds,
             batch_seconds=batch.seconds,
-            peak_bytes=max(rounding.peak_bytes, batch.peak_bytes, curvature_peak, spectrum_peak),
+            peak_bytes=max(
+                rounding.peak_bytes, batch.peak_bytes, curvature_peak, spectrum_peak, tuning_peak
+            ),
             batches=len(prober.mine),
             batch_tokens=prober.size * inputs.calibration.facts.length,
             validation_tokens=sum(t.facts.tokens for t in inputs.texts.values()),
             mixes=1 + len(recipe.validation.baselines),
             calibration_tokens=choosing_tokens(inputs.calibration),
+            withheld_tokens=predicting_tokens(inputs.calibration),
             curvature_seconds=curvature_seconds,
             spectrum_seconds=spectrum_seconds,
             activation_seconds=activation_seconds,
+            tuning_seconds=tuning.seconds if tuning is not None else 0.0,
         ),
         available_bytes=free,
         cache=prober.keep,
         batch=prober.size,
         checkpointing=settings.checkpointing,
+        tuning=tuning,
+        tuning_bytes=tuning_peak,
     )
+
+
+def _sizes(
+    recipe: Recipe, facts: ModelFacts, prober: Prober
+) -> tuple[tuple[str, float, dict[str, int]], ...]:
+    """Return (format, bits per weight, target -> bytes) with every layer in that format."""
+    errors = weight_errors(prober.layers, recipe.formats, prober.errors)
+    sizes = []
+    for column, name in enumerate(recipe.formats):
+        uniform = allocate_table(
+            prober.layers,
+            [name],
+            errors[:, [column]],
+            budgets={"bits_per_weight": 64.0},
+            runtime=recipe.runtime,
+            size_tables=size_tables(recipe.export, prober.layers, [name], facts),
+        )
+        sizes.append((name, uniform.totals.bits_per_weight, uniform.totals.size))
+    return tuple(sizes)
 
 
 def _rehearse_spectrum(recipe: Recipe, inputs: Inputs, device: str) -> tuple[float, int]:
@@ -138,6 +163,30 @@ def _rehearse_spectrum(recipe: Recipe, inputs: Inputs, device: str) -> tuple[flo
     with Meter(device) as meter:
         seconds = rehearse_spectrum(inputs.model, inputs.spectrum, settings_of(recipe.spectrum))
     return seconds, meter.peak_bytes
+
+
+def _rehearse_tuning(
+    recipe: Recipe,
+    inputs: Inputs,
+    training: Data | None,
+    layers: Sequence[Layer],
+    ranges: ActivationRanges | None,
+) -> tuple[Rehearsal | None, int]:
+    """Return what tuning will take, and the peak of memory of its first steps."""
+    if recipe.tune is None or training is None:
+        return None, 0
+    with Meter(str(inputs.model.device)) as meter:
+        found = rehearse_tuning(
+            inputs.model,
+            layers,
+            recipe.formats,
+            training,
+            tune_settings(recipe.tune),
+            rounding=recipe.rounding,
+            activations=ranges,
+            held_out=inputs.texts,
+        )
+    return found, meter.peak_bytes
 
 
 def print_check(result: CheckResult, console: Console) -> None:
@@ -154,7 +203,7 @@ def print_check(result: CheckResult, console: Console) -> None:
     for skip in result.skipped:
         console.print(f"left alone: {skip.name} {skip.shape}: {skip.reason}", highlight=False)
     for name, data in result.texts.items():
-        console.print(f"{name}: {data.source}: {describe_data(data)}, {data.counted} predictions")
+        console.print(f"{name}: {data.source}: {describe_data(data)}{_counted(data)}")
     table = Table("every layer in", "bits/weight", *(f"{t} MB" for t in result.sizes[0][2]))
     for name, bits, size in result.sizes:
         table.add_row(name, f"{bits:.3f}", *(f"{b / 1e6:.1f}" for b in size.values()))
@@ -166,6 +215,8 @@ def print_check(result: CheckResult, console: Console) -> None:
         console.print(f"budget: {result.kl_limit}: whether it is possible, the probe will tell")
     stages = ", ".join(f"{k} {v:.0f} s" for k, v in result.predicted.seconds.items())
     console.print(f"predicted time: {result.predicted.total_seconds:.0f} s ({stages})")
+    if result.tuning is not None:
+        console.print(_describe_tuning(result.tuning, result.tuning_bytes))
     verdict = "fits" if result.fits else "does NOT fit"
     console.print(
         f"predicted peak memory: {result.predicted.memory_bytes / 2**30:.2f} GiB, which {verdict} "
@@ -178,6 +229,19 @@ def print_check(result: CheckResult, console: Console) -> None:
             "to need less: sensitivity.cache none, sensitivity.checkpointing true, a smaller "
             f"sensitivity.batch{_or_shorter(result.texts['calibration'])}"
         )
+
+
+def _counted(data: DataFacts) -> str:
+    """Return the predictions of a text; one of a classifier is an example."""
+    return "" if data.classes else f", {data.counted} predictions"
+
+
+def _describe_tuning(found: Rehearsal, peak_bytes: int) -> str:
+    return (
+        f"tune: about {duration(found.seconds)} for {plural(found.steps, 'step')}, peak memory "
+        f"{peak_bytes / 2**30:.2f} GiB: an estimate by two steps with layers in "
+        f"{', '.join(found.formats)}, {significant(found.step_seconds, 2)} s each"
+    )
 
 
 def _or_shorter(data: DataFacts) -> str:

@@ -19,6 +19,7 @@ from hawqkit.errors import InputError
 from hawqkit.formats import with_activations
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.pipeline.interacting import AUTO, share_of, with_interactions
+from hawqkit.pipeline.kernels import kernel_cells, kernel_warnings
 from hawqkit.pipeline.kl_limit import find_smallest
 from hawqkit.pipeline.latency import latency_costs
 from hawqkit.pipeline.resampling import indivisible, stability, with_cross_fit
@@ -120,6 +121,7 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         trace_scores=to_array(sensitivities.scores["trace"].values),
         size_tables=tables,
     )
+    warnings = (*warnings, *kernel_warnings(sensitivities.formats, settings.runtime))
     other = compare_risk(sensitivities, found, name, settings.risk, tables)
     if settings.draws and indivisible(sensitivities, name):
         warnings = (*warnings, f"stability is not known: {name} was measured in a single shard.")
@@ -149,6 +151,7 @@ def choose(sensitivities: Sensitivities, settings: ChoiceSettings) -> tuple[Allo
         model=sensitivities.model.hash,
         sensitivities=sensitivities.fingerprint,
         rounding=sensitivities.rounding,
+        loss=sensitivities.loss,
         warnings=warnings,
         kl_budget=kept,
         other_risk=other,
@@ -275,6 +278,7 @@ def _solve(
     costs = latency_costs(
         settings.budgets, settings.latency_table, sensitivities.layers, sensitivities.formats
     )
+    available = kernel_cells(len(sensitivities.layers), sensitivities.formats, settings.runtime)
     limit = settings.max_predicted_kl
     if limit is not None:
         return find_smallest(
@@ -288,6 +292,7 @@ def _solve(
             size_target=settings.size_target,
             groups=settings.groups,
             costs=costs,
+            available=available,
         )
     found = allocate_table(
         sensitivities.layers,
@@ -299,6 +304,7 @@ def _solve(
         size_target=settings.size_target,
         groups=settings.groups,
         costs=costs,
+        available=available,
     )
     return found, None
 

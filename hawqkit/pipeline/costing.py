@@ -27,6 +27,9 @@ PACKAGES = (
 # model: solver, resamples, export, report. On the quickstart, two idle cores: 0.27 and 7 s.
 FORWARD_SHARE = 0.30
 FIXED_SECONDS = 8.0
+# Of a mix with its tangents: in forward mode a product with a weight becomes three; the parabola
+# takes two passes more, the mix itself one.
+LINEARIZED_PASSES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,9 @@ def estimate(
     curvature_seconds: float = 0.0,
     spectrum_seconds: float = 0.0,
     activation_seconds: float = 0.0,
+    tuning_seconds: float = 0.0,
     calibration_tokens: int = 0,
+    withheld_tokens: int = 0,
 ) -> Estimate:
     """Predict a run from what its beginning took.
 
@@ -76,11 +81,15 @@ def estimate(
         curvature_seconds: the scores of the true Hessian, 0 where none is asked for.
         spectrum_seconds: the spectrum, 0 where it is not asked for.
         activation_seconds: the ranges of the layers' inputs, 0 where none are needed.
+        tuning_seconds: tuning the mix, 0 where it is not asked for.
         calibration_tokens: those that chose, if validation measures the original and the chosen mix
             on them too.
+        withheld_tokens: those kept from choosing, on which validation linearizes every mix.
     """
     tokens = validation_tokens * (1 + mixes) + 2 * calibration_tokens
-    passes, rounded = tokens / max(batch_tokens, 1), mixes + (calibration_tokens > 0)
+    tokens += LINEARIZED_PASSES * mixes * withheld_tokens
+    rounded = mixes * (1 + (withheld_tokens > 0)) + (calibration_tokens > 0)
+    passes = tokens / max(batch_tokens, 1)
     seconds = {
         "load": load_seconds,
         "probe": round_seconds + batch_seconds * batches,
@@ -93,6 +102,8 @@ def estimate(
         seconds["curvature"] = curvature_seconds
     if spectrum_seconds > 0:
         seconds["spectrum"] = spectrum_seconds
+    if tuning_seconds > 0:
+        seconds["tune"] = tuning_seconds
     return Estimate(seconds, peak_bytes)
 
 
@@ -102,6 +113,11 @@ def choosing_tokens(calibration: Data) -> int:
     if not facts.classes:
         return 0
     return round(facts.tokens * float((~calibration.withheld).double().mean()))
+
+
+def predicting_tokens(calibration: Data) -> int:
+    """Return the tokens, or images, that were kept from choosing."""
+    return round(calibration.facts.tokens * float(calibration.withheld.double().mean()))
 
 
 class Ledger:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hawqkit.errors import StateMismatch
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.records import Allocation, ModelFacts
-from hawqkit.targets import find_target, onnx
+from hawqkit.targets import find_target, gguf, onnx
 from hawqkit.targets.contract import require
 
 if TYPE_CHECKING:
@@ -66,6 +66,18 @@ def trace_as_asked(recipe: Recipe, model: LoadedModel, data: Data) -> LoadedMode
     if onnx.NAME not in (*recipe.export, recipe.size_target):
         return model
     return onnx.measure_graph(model, data)
+
+
+def lay_out_as_asked(recipe: Recipe, model: LoadedModel) -> LoadedModel:
+    """Return the model with the layout of its GGUF file in its facts, if one is to be written.
+
+    Raises:
+        Unsupported: no GGUF file of the model can be written, or the packages are missing.
+        InputError: the file that it was loaded from is gone.
+    """
+    if gguf.NAME not in (*recipe.export, recipe.size_target):
+        return model
+    return gguf.measure_gguf(model)
 
 
 def refuse_other_model(allocation: Allocation, facts: ModelFacts) -> None:

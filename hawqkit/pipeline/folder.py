@@ -11,10 +11,12 @@ from hawqkit.recipe import Recipe, load_recipe
 from hawqkit.records import (
     ActivationRanges,
     Allocation,
+    DataFacts,
     Frontier,
     Provenance,
     Sensitivities,
     Spectrum,
+    Tuning,
     Validation,
 )
 from hawqkit.sensitivity.confidence import MAX_PREDICTED_KL
@@ -26,6 +28,8 @@ from hawqkit.store import (
     write_record,
     write_samples,
 )
+
+IMPORTED = "imported: "  # how the description of a mix begins that others made
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,14 @@ class RunFolder:
             activations=self._read_activations(table.activations_fingerprint),
         )
 
+    def read_data(self) -> DataFacts:
+        """Read what the sensitivities were measured on.
+
+        Raises:
+            InputError, StateMismatch: the table is missing or damaged.
+        """
+        return read_record(self.sensitivities, Sensitivities).data
+
     def _read_activations(self, wanted: str) -> ActivationRanges | None:
         """Read the ranges with a fingerprint, None if none are wanted.
 
@@ -201,12 +213,13 @@ class RunFolder:
         names = {layer.name for layer in table.layers}
         others = [baseline.layers for baseline in allocation.baselines]
         others += [allocation.other_risk.mix.layers] if allocation.other_risk else []
+        foreign = [m.layers for m in allocation.baselines if m.about.startswith(IMPORTED)]
         for mix in (allocation.layers, *others):
             odd = sorted(names ^ set(mix))
             if odd:
                 problem = "lacks" if odd[0] in names else "names a layer that is not measured:"
                 raise StateMismatch(f"{self.allocation}: a mix {problem} {odd[0]}; {advice}")
-            unknown = sorted(set(mix.values()) - set(table.formats))
+            unknown = sorted(set(mix.values()) - set(table.formats)) if mix not in foreign else []
             if unknown:
                 raise StateMismatch(
                     f"{self.allocation}: a mix has the format {unknown[0]!r}, and the "
@@ -251,10 +264,15 @@ class RunFolder:
         odd = any(set(m.measured) != texts for m in found.mixes)
         if not names or not texts or odd or apart or not set(found.classification) <= texts:
             raise StateMismatch(
-                f"{self.validation}: does not hold every mix on every text; restore the file, or "
+                f"{self.validation}: does not hold every mix on all data; restore the file, or "
                 f"run `hawqkit validate {self.path}`."
             )
         return found
+
+    def read_tuning(self) -> Tuning | None:
+        """Read how the mix was tuned, None if it was not, or not to the end."""
+        path = self.tuning / "tuning.json"
+        return read_record(path, Tuning) if path.exists() else None
 
     def read_provenance(self) -> Provenance | None:
         """Read the provenance, None if there is none."""

@@ -15,11 +15,13 @@ import torch
 from hawqkit import distributed
 from hawqkit.allocation import allocate_table, read_latencies
 from hawqkit.errors import HawqkitError, InputError, Unsupported
+from hawqkit.formats import parse_format
 from hawqkit.models import Data, LoadedModel, load_batches, load_examples, load_model
 from hawqkit.models.folding import Folding, with_folded_batch_norms
 from hawqkit.models.operations import with_operations
 from hawqkit.pipeline.choosing import size_tables
-from hawqkit.pipeline.exporting import trace_as_asked
+from hawqkit.pipeline.exporting import lay_out_as_asked, trace_as_asked
+from hawqkit.pipeline.kernels import kernel_cells
 from hawqkit.pipeline.latency import latency_costs
 from hawqkit.pipeline.progress import notices
 from hawqkit.recipe import (
@@ -86,6 +88,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
         except InputError as error:
             problems.append(error)
     try:
+        model = lay_out_as_asked(recipe, model)
         if "calibration" in texts:
             model = count_as_asked(recipe, model, texts["calibration"])
             model = trace_as_asked(recipe, model, texts["calibration"])
@@ -271,13 +274,14 @@ def refuse_impossible(recipe: Recipe, layers: Sequence[Layer], facts: ModelFacts
         size_tables=size_tables(counted, layers, recipe.formats, facts),
         size_target=counted[0] if counted else None,
         costs=latency_costs(budget.limits(), budget.latency_table(), layers, recipe.formats),
+        available=kernel_cells(len(layers), recipe.formats, recipe.runtime),
     )
 
 
 def _without_pairs(recipe: Recipe, text: Data, model: LoadedModel) -> list[HawqkitError]:
-    """Return the problem of a confidence where no two sequences are measured side by side.
+    """Return the problem of a confidence where nothing is measured side by side.
 
-    The participation ratio that it needs comes from pairs of sequences of one micro-batch.
+    The participation ratio that it needs comes from pairs of one micro-batch.
     """
     limit = recipe.budget.kl_limit()
     if limit is None or limit.quantile == 0:
@@ -288,7 +292,7 @@ def _without_pairs(recipe: Recipe, text: Data, model: LoadedModel) -> list[Hawqk
     return [
         InputError(
             f"budget.{limit} needs the participation ratio of the whole network, which comes from "
-            "pairs of sequences of one micro-batch, and micro-batches hold one: set "
+            f"pairs of {text.facts.many} of one micro-batch, and micro-batches hold one: set "
             "sensitivity.batch to 2 or more, or ask for confidence 0.5."
         )
     ]
@@ -346,7 +350,9 @@ def target_problems(
         target = find_target(name)
         lines: list[str] = []
         for format_name in formats:
-            problems = target.problems({x.name: format_name for x in layers}, layers, facts)
+            # Where misfits are `partial`, no layer is given a format that does not fit it.
+            fitting = [x.name for x in layers if parse_format(format_name).fits(x.columns)]
+            problems = target.problems(dict.fromkeys(fitting, format_name), layers, facts)
             if problems:
                 more = f" (and {len(problems) - 1} more layers)" if len(problems) > 1 else ""
                 lines.append(f"{problems[0]}{more}")

@@ -23,9 +23,9 @@ def share_of(
 ) -> float:
     """Return how much of the interactions enters the choice, 0 for none.
 
-    `auto` takes them for classifiers, whose layers interact most, where the probe's best score
-    chooses and nothing stands against it; a score that was asked for by name chooses as it was
-    published.
+    `auto` takes them for classifiers and other networks of single examples, whose layers interact
+    most, where the probe's best score chooses and nothing stands against it; a score that was asked
+    for by name chooses as it was published.
 
     Raises:
         InputError: they were asked for, and there are no samples, a limit on the KL, or too many
@@ -38,7 +38,7 @@ def share_of(
         if against:
             raise InputError(f"interactions cannot enter this choice: {against}; leave them out.")
         return SHARE
-    good = score == AUTO and sensitivities.data.classes > 0
+    good = score == AUTO and sensitivities.data.by_example
     return SHARE if good and not against else 0.0
 
 

@@ -16,6 +16,7 @@ from hawqkit.allocation import (
     solve_smallest,
     stored_resource,
 )
+from hawqkit.allocation.problem import Booleans
 from hawqkit.records import Floats, KlBudget, Sensitivities
 from hawqkit.sensitivity.confidence import Forecast, KlLimit, make_forecast
 
@@ -32,6 +33,7 @@ def find_smallest(
     size_target: str | None = None,
     groups: Mapping[str, str] | None = None,
     costs: Sequence[CostTable] = (),
+    available: Booleans | None = None,
 ) -> tuple[Allocated, KlBudget]:
     """Return the smallest mix that keeps the limit, with every other budget, and the record of it.
 
@@ -51,6 +53,7 @@ def find_smallest(
         size_target: the one that `size` limits.
         groups: layer name -> key; layers with the same key share a format.
         costs: tables of other budgets.
+        available: (L, F) False where a layer must not take a format that fits it.
 
     Raises:
         BudgetError: no mix keeps the limit; says the least KL there is, and what contradicts it.
@@ -66,6 +69,7 @@ def find_smallest(
         size_target=size_target,
         groups=groups,
         costs=costs,
+        available=available,
     )
     counted = next((t for t in size_tables if size_target in (None, t.target)), None)
     forecast = make_forecast(sensitivities, name)

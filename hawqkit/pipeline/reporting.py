@@ -29,6 +29,7 @@ def report_run(folder: str | Path, output: str | Path | None = None) -> Path:
         frontier=run.read_frontier(),
         provenance=run.read_provenance(),
         spectrum=spectrum,
+        tuning=run.read_tuning(),
         exports={name: str(run.export(name)) for name in found},
     )
 

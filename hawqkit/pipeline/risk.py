@@ -57,7 +57,7 @@ def compare_risk(
     about = f"The exact allocation at risk {other:g} within the same budgets."
     mix = Mix(f"risk {other:g}", about, layers, sizes, found.problem.objective(choice))
     relative = _relative(sensitivities, name, unit, found.layers)
-    what = "examples" if sensitivities.data.classes else "text"
+    what = "examples" if sensitivities.data.by_example else "text"
     return OtherRisk(other, _deviation(name, what), mix, relative)
 
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from hawqkit import distributed
 from hawqkit.costs import Meter
 from hawqkit.errors import StateMismatch
-from hawqkit.journal import locked
+from hawqkit.journal import locked, sweep
 from hawqkit.pipeline.activations import find_ranges
 from hawqkit.pipeline.choosing import choose, recipe_choice
-from hawqkit.pipeline.costing import Estimate, Ledger, choosing_tokens, estimate
+from hawqkit.pipeline.costing import Estimate, Ledger, choosing_tokens, estimate, predicting_tokens
 from hawqkit.pipeline.exporting import refuse_other_model
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.pipeline.hessian_scores import add_curvature, open_curvature
@@ -117,7 +117,8 @@ def _run(recipe: Recipe, path: Path, *, only_probe: bool) -> None:
 
 
 def _ledger(recipe: Recipe, folder: RunFolder, inputs: Inputs) -> Ledger:
-    texts = {f"text {name}": text.facts.hash for name, text in inputs.texts.items()}
+    what = "data" if inputs.calibration.facts.classes else "text"
+    texts = {f"{what} {name}": text.facts.hash for name, text in inputs.texts.items()}
     return Ledger(
         folder,
         {"calibration": recipe.calibration.seed, "probe": recipe.sensitivity.seed},
@@ -142,6 +143,10 @@ def _probe(stage: _Stage) -> Sensitivities:
     curvature = open_curvature(
         stage.recipe, inputs.model, inputs.calibration, prober.layers, folder.curvature_journal
     )
+    if distributed.processes().is_main:
+        sweep(folder.journal)
+        sweep(folder.curvature_journal)
+    distributed.wait()  # nobody writes a result before that
     load = stage.load
     stage.ledger.note("load", Cost(load.seconds, peak_memory_bytes=load.peak_bytes))
     if calibrated is not None:
@@ -206,6 +211,7 @@ def _predict(stage: _Stage, rounding: Meter, batch: Meter, prober: Prober) -> Es
         validation_tokens=sum(t.facts.tokens for t in texts),
         mixes=1 + len(stage.recipe.validation.baselines),
         calibration_tokens=choosing_tokens(stage.inputs.calibration),
+        withheld_tokens=predicting_tokens(stage.inputs.calibration),
     )
     stage.console.print(
         f"predicted from the first micro-batch: {predicted.total_seconds:.0f} s in all, "
@@ -263,16 +269,19 @@ def _prove(stage: _Stage, allocation: Allocation) -> None:
 def _validate(
     folder: RunFolder, inputs: Inputs, allocation: Allocation, tuned: Tuned | None
 ) -> Validation:
-    batch = max(1, VALIDATION_TOKENS // max(t.facts.length for t in inputs.texts.values()))
-    if any(t.facts.classes for t in inputs.texts.values()):  # an image is more than its one token
+    calibration = inputs.calibration
+    measured = [*inputs.texts.values(), calibration]
+    batch = max(1, VALIDATION_TOKENS // max(t.facts.length for t in measured))
+    if any(t.facts.classes for t in measured):  # an image is more than its one token
         batch = min(batch, MOST_EXAMPLES)
+    useful = calibration.facts.classes or bool(calibration.withheld.any())
     result = validate_mixes(
         inputs.model,
         allocation,
         inputs.texts,
         track=track,
         batch=batch,
-        calibration=inputs.calibration if inputs.calibration.facts.classes else None,
+        calibration=calibration if useful else None,
         tuned=tuned.variant() if tuned is not None else None,
     )
     result = replace(result, allocation=_state(inputs, allocation, tuned))

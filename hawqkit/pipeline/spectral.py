@@ -10,7 +10,7 @@ from rich.console import Console
 from hawqkit import distributed
 from hawqkit.costs import Meter
 from hawqkit.errors import InputError, StateMismatch
-from hawqkit.journal import locked
+from hawqkit.journal import locked, sweep
 from hawqkit.models import Data, LoadedModel
 from hawqkit.pipeline.costing import Ledger
 from hawqkit.pipeline.folder import RunFolder
@@ -89,6 +89,7 @@ def measure(
         )
     if found is None:
         return None
+    sweep(run.spectrum_journal)  # now that it is known to be of this run
     if _same(run, found):
         console.print("spectrum: taken from the run folder, nothing has changed")
         return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hawqkit.allocation import BASELINES, BUDGETS
 from hawqkit.errors import InputError, did_you_mean
 from hawqkit.pipeline.choosing import ChoiceSettings, choose
-from hawqkit.records import Allocation, Sensitivities, Validation
+from hawqkit.records import CROSS_ENTROPY, Allocation, Linearized, Sensitivities, Validation
 from hawqkit.sensitivity.confidence import KlLimit
 from hawqkit.targets import find_target
 
@@ -125,17 +125,20 @@ def validate(
         model: the original; it comes back bit for bit.
         allocation: from `allocate`.
         held_out: text or labelled examples of the calibration's source.
-        calibration: the labelled examples that chose; with them the record also holds the loss
-            there, which shows how far the held-out data have shifted.
+        calibration: the data that chose. With what was withheld of them the record also holds a
+            prediction with linear logits, beside what is measured there; with labelled examples
+            the loss there too, which shows how far the held-out data have shifted.
         tuned: the allocation after `tune`, measured as one more mix.
         **other_texts: further texts or examples; the shift is reported apart.
 
     Raises:
-        InputError: `calibration` has no labels.
+        InputError: `calibration` has neither labels nor withheld sequences; or the allocation was
+            chosen by another loss than the cross-entropy, or the data have no classes.
     """
     from hawqkit.sensitivity.probing import MOST_EXAMPLES, untracked
     from hawqkit.validation.validating import validate_mixes
 
+    _refuse_other_loss(allocation, {"held-out": held_out, **other_texts})
     texts = {"held-out": held_out, **other_texts}
     batch = 4
     if all(text.facts.classes for text in texts.values()):
@@ -149,6 +152,67 @@ def validate(
         batch=batch,
         calibration=calibration,
         tuned=tuned.variant() if tuned is not None else None,
+    )
+
+
+def _refuse_other_loss(allocation: Allocation, given: Mapping[str, Data]) -> None:
+    """Refuse what has no KL divergence, or would set one beside the increase of another loss."""
+    why = [f"{n} has targets and no classes" for n, d in given.items() if _has_targets(d)]
+    if allocation.loss != CROSS_ENTROPY:
+        why.insert(0, f"the allocation was chosen by increases of {allocation.loss}")
+    if why:
+        raise InputError(
+            f"{'; '.join(why)}; the KL divergence is of classifiers and language models "
+            "with their cross-entropy alone. measure_loss(model, allocation, held_out, objective) "
+            "measures what the chosen mix and the baselines add to the loss that probe was given."
+        )
+
+
+def _has_targets(data: Data) -> bool:
+    return data.facts.by_example and not data.facts.classes
+
+
+def predict_linearized(
+    model: LoadedModel,
+    allocation: Allocation,
+    data: Data,
+    *,
+    batch: int | None = None,
+) -> Linearized:
+    """Predict the KL of an allocation with logits linear in all rounding errors, softmax exact.
+
+        KL(softmax(z) || softmax(z + sum over layers of J_l dW_l))
+
+    Made by one pass in forward mode over the examples that were withheld from choosing, beside the
+    quadratic form and what is measured on the same examples; see `Linearized`.
+
+    Args:
+        model: the original; it comes back bit for bit.
+        allocation: from `allocate`.
+        data: the data that chose, some of it withheld.
+        batch: sequences or examples that go through the model together.
+
+    Raises:
+        InputError: fewer than two examples were withheld, or the loss is not the cross-entropy.
+        NumericalError: the derivative is not finite, or depends on the step of the difference that
+            stands in for it.
+    """
+    from hawqkit.sensitivity.probing import MOST_EXAMPLES, untracked
+    from hawqkit.validation.linearized import linearized_kl
+
+    _refuse_other_loss(allocation, {"data": data})
+    if batch is None:
+        batch = 4
+        if data.facts.classes:
+            batch = min(MOST_EXAMPLES, max(batch, 1024 // data.facts.length))
+    return linearized_kl(
+        model,
+        allocation.layers,
+        data,
+        rounding=allocation.rounding,
+        activations=allocation.activations,
+        batch=batch,
+        track=untracked,
     )
 
 

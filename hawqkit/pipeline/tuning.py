@@ -11,7 +11,7 @@ from rich.console import Console
 from hawqkit import distributed
 from hawqkit.costs import Meter
 from hawqkit.errors import InputError, RecipeError
-from hawqkit.journal import locked
+from hawqkit.journal import locked, sweep
 from hawqkit.models import Data, LoadedModel
 from hawqkit.pipeline.costing import Ledger
 from hawqkit.pipeline.exporting import refuse_other_model
@@ -29,7 +29,7 @@ from hawqkit.records import Allocation, Cost, Tuning
 from hawqkit.tuning.outcome import Tuned
 from hawqkit.tuning.saved import RECORD, load_tuned
 from hawqkit.tuning.settings import Distillation, TuneSettings
-from hawqkit.tuning.tuning import tune
+from hawqkit.tuning.tuning import CHECKPOINTS, tune
 
 # What a step takes, in gradients of as many examples; the original's forward pass is a third.
 FORWARD_SHARE = 1 / 3
@@ -103,6 +103,8 @@ def tune_stage(
             folder=run.tuning,
             track=track,
         )
+    if distributed.processes().is_main:
+        sweep(run.tuning / CHECKPOINTS)  # now that they are known to be of this run
     if found.taken:
         console.print("tune: taken from the run folder, nothing has changed")
         return found

@@ -13,7 +13,7 @@ from torch import nn
 from hawqkit import distributed
 from hawqkit.errors import InputError, NumericalError, StateMismatch, did_you_mean
 from hawqkit.formats import ACTIVATION_BITS
-from hawqkit.models.batch import Batch, Data, predictions
+from hawqkit.models.batch import Batch, Data, run_model
 from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.input_rounding import first_input, input_modules, real_entries
 from hawqkit.quantize.observers import Seen, find_range
@@ -162,7 +162,7 @@ def _observe(
     with _watched(model.module, layers, seen, counted) as watch, torch.no_grad():
         for part in track(mine, "activations", len(mine)) if track else mine:
             watch.batch = data.micro_batch(part)
-            predictions(model.module, watch.batch, model.device)
+            run_model(model.module, watch.batch, model.device)
     everyone: list[dict[str, Seen]] = distributed.gather(seen)
     merged = everyone[0]
     for other in everyone[1:]:

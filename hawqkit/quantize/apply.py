@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hawqkit.errors import InputError, NumericalError, did_you_mean
-from hawqkit.formats import Format, fitting_formats, parse_format
+from hawqkit.formats import INTEGER, Format, fitting_formats, parse_format
 from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.activations import refuse_other_model
 from hawqkit.quantize.input_rounding import (
@@ -28,6 +28,7 @@ from hawqkit.quantize.input_rounding import (
 )
 from hawqkit.quantize.of_layer import layer_scales
 from hawqkit.quantize.rounding import round_into, scale_dtype_for
+from hawqkit.quantize.stored import rounded_values
 from hawqkit.records import ActivationRanges
 
 _MOST_PROBLEMS = 8
@@ -161,7 +162,7 @@ def check_mix(model: LoadedModel, mix: Mapping[str, str]) -> dict[str, Format]:
         if not formats[name].fits(columns[name]):
             problems.append(
                 f"layer {name!r}: {text!r} does not divide its {columns[name]} columns; formats "
-                f"that fit: {', '.join(fitting_formats(columns[name]))}."
+                f"that fit: {', '.join(fitting_formats(columns[name], formats[name].family))}."
             )
     if problems:
         raise InputError("\n".join(["the mix does not fit the model:", *problems]))
@@ -217,6 +218,8 @@ def _rounded(
     """Return the dequantized weight (rows, columns), float64 for a float64 weight, else float32."""
     weight = model.weight(name)
     try:
+        if format.family != INTEGER:
+            return rounded_values(weight, format, rounding=rounding, scale_dtype=scale_dtype)
         scales, zeros = layer_scales(
             model, name, format, rounding=rounding, scale_dtype=scale_dtype
         )

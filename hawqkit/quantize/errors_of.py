@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hawqkit.errors import InputError, did_you_mean
-from hawqkit.formats import Format
+from hawqkit.formats import INTEGER, Format
 from hawqkit.quantize.rounding import (
     Quantized,
     codes_from_scales,
@@ -21,8 +21,12 @@ from hawqkit.quantize.rounding import (
     round_into,
     scales_of,
 )
+from hawqkit.quantize.stored import Stored, store
 
 KEEPS = ("codes", "none")
+
+# Codes of integers, or their scales and zero points alone, or another family's own form.
+Part = Quantized | tuple[Tensor, Tensor | None] | Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +44,14 @@ class LayerErrors:
     """
 
     formats: tuple[Format, ...]
-    parts: tuple[Quantized | tuple[Tensor, Tensor | None], ...]
+    parts: tuple[Part, ...]
     squared_norms: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that are held."""
         return self.squared_norms.nbytes + sum(
-            part.nbytes if isinstance(part, Quantized) else _bytes(part) for part in self.parts
+            _bytes(part) if isinstance(part, tuple) else part.nbytes for part in self.parts
         )
 
     @torch.no_grad()
@@ -79,6 +83,9 @@ class LayerErrors:
             if isinstance(part, Quantized):
                 _decode_stack(out[at : at + len(part.codes)], part, part_of, minus)
                 at += len(part.codes)
+            elif not isinstance(part, tuple):
+                out[at].copy_(part.values(part_of, wide)).add_(minus)
+                at += 1
             else:
                 scales, zeros = part
                 zeros = None if zeros is None else zeros[part_of]
@@ -101,7 +108,8 @@ def make_errors(
         formats: F formats; each must fit the columns. `none` makes no error and may not be here.
         rounding: `nearest` or `searched`.
         scale_dtype: dtype in which scales are kept.
-        keep: `codes` (int8 codes and scales stay in memory) or `none` (only the scales stay).
+        keep: `codes` (int8 codes and scales stay in memory) or `none` (only the scales stay);
+            formats that are no integers keep their codes in any case.
 
     Raises:
         InputError: `keep` or `rounding` is unknown.
@@ -113,12 +121,18 @@ def make_errors(
             f"unknown way to keep errors {keep!r}: known are {', '.join(KEEPS)}."
             + did_you_mean(keep, KEEPS)
         )
-    parts: list[Quantized | tuple[Tensor, Tensor | None]] = []
+    parts: list[Part] = []
     norms = torch.empty(len(formats), dtype=torch.float64)
     wide = torch.promote_types(weight.dtype, torch.float32)
     buffer = torch.empty(weight.shape, dtype=wide, device=weight.device)
     minus = _negative(weight, buffer.dtype)
     for index, format in enumerate(formats):
+        if format.family != INTEGER:
+            stored = store(weight, format, rounding=rounding, scale_dtype=scale_dtype)
+            buffer.copy_(stored.values(slice(None), wide)).add_(minus)
+            parts.append(stored)
+            norms[index] = _squared_norm(buffer)
+            continue
         scales, zeros = scales_of(weight, format, rounding=rounding, scale_dtype=scale_dtype)
         if keep == "codes":
             part = codes_from_scales(weight, scales, zeros, format)
@@ -131,16 +145,14 @@ def make_errors(
     return LayerErrors(tuple(formats), tuple(_stacked(parts)), norms)
 
 
-def _stacked(
-    parts: Sequence[Quantized | tuple[Tensor, Tensor | None]],
-) -> Iterator[Quantized | tuple[Tensor, Tensor | None]]:
+def _stacked(parts: Sequence[Part]) -> Iterator[Part]:
     """Put neighbors of one group size and symmetry into one tensor.
 
     A batch of one short sequence spends more time on launching operations than on decoding; a stack
     is decoded by two operations, whatever the number of formats.
     """
 
-    def shape(part: Quantized | tuple[Tensor, Tensor | None]) -> object:
+    def shape(part: Part) -> object:
         return (part.scales.shape, part.zeros is None) if isinstance(part, Quantized) else id(part)
 
     for _, run in groupby(parts, shape):

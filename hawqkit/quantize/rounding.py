@@ -109,17 +109,17 @@ def scales_of(
     Raises:
         InputError, Unsupported, NumericalError: as `quantize_weight`.
     """
-    _check(weight, format, rounding)
+    check_weight(weight, format, rounding)
     rows, columns = weight.shape
     groups = format.groups_per_row(columns)
     scales = torch.empty(rows, groups, dtype=scale_dtype, device=weight.device)
     zeros = None if format.symmetric else torch.empty_like(scales, dtype=torch.int8)
     shrinks = SHRINKS if rounding == "searched" else SHRINKS[:1]
-    for part, chunk in _chunks(weight):
+    for part, chunk in row_chunks(weight):
         x = chunk.view(-1, columns // groups)  # (rows * groups, g)
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # (rows * groups, 1)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-            raise NumericalError(_not_finite(weight))
+            raise NumericalError(not_finite(weight))
         scale, zero = _best_of(x, low, high, format, shrinks, scale_dtype)
         scales[part] = scale.view(-1, groups).to(scale_dtype)
         if zeros is not None and zero is not None:
@@ -143,7 +143,7 @@ def codes_from_scales(
     """
     groups = scales.shape[1]
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for part, chunk in _chunks(weight):
+    for part, chunk in row_chunks(weight):
         x = chunk.view(-1, weight.shape[1] // groups)
         rounded = torch.empty_like(x)
         _round_into(rounded, x, *_as_columns(scales[part], zeros, part, x.dtype), format)
@@ -210,7 +210,7 @@ def round_into(
         format: the format that the scales were made for.
         plus: added to the values, (rows, columns), contiguous, of the dtype of `out`.
     """
-    for part, chunk in _chunks(weight):
+    for part, chunk in row_chunks(weight):
         scale, zero = _as_columns(scales[part], zeros, part, out.dtype)
         y = out[part].view(scale.shape[0], -1)
         x = chunk.view(y.shape)
@@ -222,7 +222,13 @@ def round_into(
         _scale_back(y, scale, zero, None if plus is None else plus[part].view(y.shape))
 
 
-def _check(weight: Tensor, format: Format, rounding: str) -> None:
+def check_weight(weight: Tensor, format: Format, rounding: str) -> None:
+    """Refuse what cannot be rounded to `format`, but for entries that are not finite.
+
+    Raises:
+        InputError: `rounding` is unknown.
+        Unsupported: the format is `none`, or the weight is no matrix, or does not fit.
+    """
     if rounding not in ROUNDINGS:
         raise InputError(
             f"unknown rounding {rounding!r}: known are {', '.join(ROUNDINGS)}."
@@ -239,12 +245,13 @@ def _check(weight: Tensor, format: Format, rounding: str) -> None:
     if not format.fits(columns):
         raise Unsupported(
             f"format '{format.name}' does not fit a weight of {columns} columns: "
-            f"{format.group_size} does not divide {columns}. "
-            f"Formats that fit: {', '.join(fitting_formats(columns))}."
+            f"{format.columns_divisor} does not divide {columns}. "
+            f"Formats that fit: {', '.join(fitting_formats(columns, format.family))}."
         )
 
 
-def _not_finite(weight: Tensor) -> str:
+def not_finite(weight: Tensor) -> str:
+    """Return the message for a weight that holds NaN or infinity."""
     bad = ~torch.isfinite(weight)
     row, column = (int(i) for i in bad.nonzero()[0])
     return (
@@ -262,7 +269,7 @@ def _parts(weight: Tensor, on_cpu: int) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def _chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def row_chunks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows as contiguous float32 (float64 stays), without a copy where they already are."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     for part in _parts(weight, CPU_CHUNK):

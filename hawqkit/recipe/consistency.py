@@ -12,6 +12,7 @@ from hawqkit.recipe.data_sections import CLASSIFIERS, IMAGES, TextSection, forei
 from hawqkit.recipe.document import Path
 from hawqkit.recipe.tuning_section import foreign_tune_keys
 from hawqkit.recipe.values import BUILTIN
+from hawqkit.runtimes import refuse_formats
 from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 from hawqkit.sensitivity.scores import resolve_score
 
@@ -35,6 +36,9 @@ def contradictions(parts: Mapping[str, Any]) -> list[Problem]:
     budget, formats = parts.get("budget"), parts.get("formats")
     if budget is not None and formats is not None:
         found += _impossible(budget, formats)
+    if formats is not None and parts.get("runtime") is not None:
+        wrong = refuse_formats(parts["runtime"], formats)
+        found += [] if wrong is None else [(("runtime",), wrong)]
     if budget is not None and budget.latency is not None and budget.latency.table is None:
         message = (
             "names no table of what each layer takes; write latency: {limit: 3.1ms, table: "
@@ -155,13 +159,14 @@ def _text_problems(parts: Mapping[str, Any]) -> list[Problem]:
     for path, text in sections.items():
         if text.source == BUILTIN:
             found += [((*path, key), message) for key, message in _builtin_problems(text)]
+    what = "data" if _task(parts) in CLASSIFIERS else "text"
     for path, text in sections.items():
         if path == ("calibration",) or calibration is None:
             continue
         if _origin(text) == _origin(calibration):
             message = (
-                f"{text.split!r} of {text.source!r} is the text of calibration too; validation "
-                "measures on text that the choice never saw: name another split or source."
+                f"{text.split!r} of {text.source!r} is the {what} of calibration too; validation "
+                f"measures on {what} that the choice never saw: name another split or source."
             )
             found.append(((*path, "split"), message))
     return found
@@ -213,5 +218,7 @@ def _bits(name: str) -> float:
 
 def _stored(name: str) -> float:
     format_ = parse_format(name)
-    extra = SCALE_BITS + (0 if format_.symmetric else _bits(name))
+    if format_.block is not None:
+        return 8 * format_.block[1] / format_.block[0]
+    extra = format_.scale_bits + (0 if format_.symmetric else _bits(name))
     return _bits(name) + (extra / format_.group_size if format_.group_size else 0)

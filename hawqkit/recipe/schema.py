@@ -61,8 +61,10 @@ class LayersSection(Section):
         default=("lm_head",),
         description="patterns of names to leave; the default need not match anything",
     )
-    misfits: Literal["refuse", "skip"] = Field(
-        default="refuse", description="a layer whose columns a group size does not divide"
+    misfits: Literal["refuse", "skip", "partial"] = Field(
+        default="refuse",
+        description="a layer whose columns some formats do not divide: an error, left out, or with "
+        "the formats that fit",
     )
 
 
@@ -90,8 +92,8 @@ class CurvatureSection(Section):
     def _sequences_for_shards(self) -> Self:
         if self.shards > self.sequences:
             raise ValueError(
-                f"{self.shards} shards need as many sequences, and there are {self.sequences}; use "
-                "fewer shards or more sequences."
+                f"{self.shards} shards need `sequences` of at least as many, and it is "
+                f"{self.sequences}; use fewer shards, or raise it."
             )
         return self
 

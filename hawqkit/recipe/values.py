@@ -26,7 +26,7 @@ from hawqkit.targets import TARGETS
 BUILTIN = "builtin"  # the source that ships with the package
 HELD_OUT = "held-out"  # the name of the held-out text among those that validation measures on
 # Targets that write weights; the others have no size worth a budget.
-SIZED_TARGETS = ("compressed-tensors", "onnx")
+SIZED_TARGETS = ("compressed-tensors", "onnx", "gguf")
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 _SECONDS = {"s": "1", "ms": "0.001", "us": "0.000001", "µs": "0.000001", "ns": "0.000000001"}

@@ -27,7 +27,10 @@ from hawqkit.records.decided import (
 from hawqkit.records.density import Density
 from hawqkit.records.landscape import Landscape, LandscapeAxis
 from hawqkit.records.latency import LatencyTable, LayerTime
+from hawqkit.records.linearized import Linearized
+from hawqkit.records.losses import LossMeasurement, MeasuredLoss
 from hawqkit.records.measured import (
+    CROSS_ENTROPY,
     DTYPE_BITS,
     Curvature,
     DataFacts,
@@ -58,9 +61,10 @@ from hawqkit.records.spectral import (
 )
 from hawqkit.records.spectrum import WHOLE_NETWORK, BlockSpectrum, Spectrum
 from hawqkit.records.tabled import TableAllocation, Taken, Trade, TradePoint
-from hawqkit.records.tuned import LearnedScale, Tuning, TuningCurve
+from hawqkit.records.tuned import HeldOutLoss, LearnedScale, Tuning, TuningCurve
 
 __all__ = [
+    "CROSS_ENTROPY",
     "DTYPE_BITS",
     "SCHEMA",
     "WHOLE_NETWORK",
@@ -82,6 +86,7 @@ __all__ = [
     "Frontier",
     "FrontierPoint",
     "Grid",
+    "HeldOutLoss",
     "Integers",
     "KlBudget",
     "Landscape",
@@ -91,7 +96,10 @@ __all__ = [
     "LayerRange",
     "LayerTime",
     "LearnedScale",
+    "Linearized",
+    "LossMeasurement",
     "Measured",
+    "MeasuredLoss",
     "Mix",
     "ModelFacts",
     "Numbers",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from hawqkit.records.activations import ActivationRanges
 from hawqkit.records.classified import Classification
-from hawqkit.records.measured import DataFacts
+from hawqkit.records.linearized import Linearized
+from hawqkit.records.measured import CROSS_ENTROPY, DataFacts
 from hawqkit.records.schema import SCHEMA
 
 
@@ -69,13 +70,16 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """One assignment of formats to layers, with its sizes and its predicted loss."""
+    """One assignment of formats to layers, with its sizes and its predicted loss.
+
+    `objective` is None for an imported mix with formats that were not probed.
+    """
 
     name: str
     about: str
     layers: dict[str, str]
     totals: Totals
-    objective: float
+    objective: float | None
     prediction: Prediction | None = None
 
 
@@ -97,7 +101,8 @@ class KlBudget:
         kl_stderr: its standard error, None where there is none.
         spread: sqrt(2 / participation ratio of the network), relative; None where not known.
         upper: what the KL stays below with that confidence.
-        source: which sequences predict, `withheld sequences` or `the scores that choose`.
+        source: what predicts: `withheld sequences` (or `images`, `texts`, `examples`), or `the
+            scores that choose`.
         sequences: how many.
         minimized: what was made small, `bytes of TARGET` or `stored bits`.
         amount: what the mix takes of it; headers of files stay outside.
@@ -166,6 +171,8 @@ class Allocation:
             only, since they have a file of their own.
         interactions: how much of what layers do together entered the choice, 0 for none. The summed
             score is then not the least, but within a tenth of it; the certificate says how far.
+        loss: name of the loss whose increase is predicted. Where it is not the cross-entropy, what
+            is called KL here, in nats, is the increase of that loss to second order.
     """
 
     layers: dict[str, str]
@@ -186,6 +193,7 @@ class Allocation:
     kl_budget: KlBudget | None = None
     other_risk: OtherRisk | None = None
     interactions: float = 0.0
+    loss: str = CROSS_ENTROPY
     schema: int = SCHEMA
     activations: ActivationRanges | None = field(default=None, repr=False, metadata={"json": False})
 
@@ -236,13 +244,19 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class ValidatedMix:
-    """A mix with what was measured on each text; the key is the text's name."""
+    """A mix with what was measured on each text; the key is the text's name.
+
+    Attributes:
+        linearized: prediction and measurement on the withheld sequences; None where none were
+            withheld, or where the warnings say why there is no such prediction.
+    """
 
     name: str
     about: str
     totals: Totals
     prediction: Prediction | None
     measured: dict[str, Measured]
+    linearized: Linearized | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hawqkit.records.activations import ActivationRanges
 from hawqkit.records.schema import SCHEMA
 
+CROSS_ENTROPY = "cross-entropy"  # name of the loss whose increase is the KL divergence, in nats
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Numbers = tuple[float | None, ...]
@@ -78,7 +79,7 @@ class Layer:
 
 
 DTYPE_BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16, "int64": 64, "int32": 32,
-              "int16": 16, "int8": 8, "uint8": 8, "bool": 8}  # fmt: skip
+              "int16": 16, "int8": 8, "uint8": 8, "bool": 8, "float8_e4m3fn": 8}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,8 @@ class ModelFacts:
         inputs: arguments of forward for one example, without the dimension of the examples; known
             once the model has met data (`models.signature`).
         graph: the bytes of its ONNX graph, part by part, known once it was traced (`targets.onnx`).
+        gguf: its tensors in a GGUF file and the bytes of that file's head, known once it was laid
+            out (`targets.gguf`).
     """
 
     source: str
@@ -133,6 +136,7 @@ class ModelFacts:
     side_files: dict[str, int] = field(default_factory=dict)
     inputs: tuple[Tensor, ...] = ()
     graph: dict[str, Any] = field(default_factory=dict)
+    gguf: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,8 @@ class DataFacts:
         documents: number of documents the sequences come from.
         seed: seed of the choice of windows.
         kind: `text`, `images`, `labelled text`, `arrays`: what one sequence is.
-        classes: number of classes of labelled examples, 0 where every token is a class.
+        classes: number of classes of labelled examples, 0 where every token is a class, and of
+            examples with targets of another kind.
     """
 
     source: str
@@ -163,10 +168,30 @@ class DataFacts:
     kind: str = "text"
     classes: int = 0
 
+    @property
+    def by_example(self) -> bool:
+        """Whether a sequence is an example of its own, not a text that predicts at every token."""
+        return self.classes > 0 or self.kind != "text"
+
+    @property
+    def many(self) -> str:
+        """What messages call several of them: `sequences` of a text, `images`, `texts`, `examples`.
+
+        >>> DataFacts("x", "", 2, 1, 2, 2, 2, 0, "images", 10).many
+        'images'
+        """
+        if not self.classes and self.kind == "text":
+            return "sequences"
+        return {"images": "images", "labelled text": "texts"}.get(self.kind, "examples")
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Predicted mean KL divergence in nats for each layer and format, with its standard error."""
+    """Predicted mean KL divergence in nats for each layer and format, with its standard error.
+
+    With another loss than the cross-entropy it is what the mean of that loss grows by, to second
+    order in the change of the outputs.
+    """
 
     name: str
     values: Table  # (L, F)
@@ -271,6 +296,8 @@ class Sensitivities:
         curvature: what the scores of the true Hessian are made from; None if it was not measured.
         activations_fingerprint: of the ranges of the layers' inputs; empty where no format rounds
             inputs.
+        loss: name of the loss whose increase the scores predict. For the cross-entropy that is the
+            KL divergence in nats, and every other loss has its own unit instead.
         activations: those ranges; in memory only, since they have a file of their own.
         samples: the `Samples` behind the tables; in memory only, since they have a file of their
             own (typed loosely, because arrays have no JSON schema).
@@ -294,6 +321,7 @@ class Sensitivities:
     warnings: tuple[str, ...] = ()
     curvature: Curvature | None = None
     activations_fingerprint: str = ""
+    loss: str = CROSS_ENTROPY
     schema: int = SCHEMA
     activations: ActivationRanges | None = field(default=None, repr=False, metadata={"json": False})
     samples: Any = field(default=None, repr=False, compare=False, metadata={"json": False})

@@ -19,11 +19,39 @@ class TuningCurve:
             step changed anything.
         learning_rate: of the step.
         gradient_norm: Euclidean, of everything that is trained, before clipping.
+        cross_entropy: with the labels alone, mean over the same predictions; `loss` itself without
+            distillation. Empty in records of before it was kept, as is `accuracy`.
+        accuracy: share of these predictions whose most likely class or token is the true one.
     """
 
     loss: tuple[float, ...]
     learning_rate: tuple[float, ...]
     gradient_norm: tuple[float, ...]
+    cross_entropy: tuple[float, ...] = ()
+    accuracy: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """What the network in training does on data that do not train, rounded as it is trained.
+
+    Attributes:
+        text: name of the data.
+        step: of the optimizer, that were made before; 0 is the mix before tuning.
+        examples: that were measured, evenly spread over the data.
+        loss: mean cross-entropy in nats.
+        loss_stderr: clustered by document; None where a single example has none.
+        accuracy: share of predictions in which the most likely class or token is the true one.
+        accuracy_stderr: likewise.
+    """
+
+    text: str
+    step: int
+    examples: int
+    loss: float
+    loss_stderr: float | None
+    accuracy: float
+    accuracy_stderr: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +91,8 @@ class Tuning:
         validation: the mix before tuning (`chosen`) and after it (`tuned`) on held-out data, both
             against the original; None if there was none.
         learned: the scales that were trained.
+        held_out: losses on held-out data along the way, in the order of steps; empty without such
+            data, and in records of before they were kept.
         fingerprint: hash over everything that the result depends on.
         warnings: for instance scales that stand where `SMALLEST_STEP` holds them.
     """
@@ -78,6 +108,7 @@ class Tuning:
     allocation: str = ""
     validation: Validation | None = None
     learned: tuple[LearnedScale, ...] = ()
+    held_out: tuple[HeldOutLoss, ...] = ()
     fingerprint: str = ""
     warnings: tuple[str, ...] = ()
     schema: int = SCHEMA
@@ -87,3 +118,8 @@ class Tuning:
         for name in ("loss", "learning_rate", "gradient_norm"):
             if len(getattr(self.curve, name)) != self.steps:
                 raise ValueError(f"curve.{name} is not of {self.steps} steps")
+        for name in ("cross_entropy", "accuracy"):
+            if len(getattr(self.curve, name)) not in (0, self.steps):
+                raise ValueError(f"curve.{name} is not of {self.steps} steps")
+        if any(not 0 <= point.step <= self.steps for point in self.held_out):
+            raise ValueError(f"held_out has steps beyond the {self.steps} that there are")

@@ -10,6 +10,7 @@ from hawqkit.errors import StateMismatch, did_you_mean
 from hawqkit.formats import parse_format
 from hawqkit.records import (
     Allocation,
+    Linearized,
     Measured,
     Prediction,
     Score,
@@ -29,6 +30,7 @@ class Row:
     Attributes:
         chosen: True for the mix that the allocation holds.
         objective: its summed score, None if only its measurement is known.
+        linearized: prediction and measurement on the same withheld sequences, if they were made.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Row:
     objective: float | None
     prediction: Prediction | None
     measured: Mapping[str, Measured]
+    linearized: Linearized | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ def compare(allocation: Allocation | None, validation: Validation | None) -> lis
             known.objective if known else None,
             checked.prediction or (known.prediction if known else None),
             checked.measured,
+            checked.linearized,
         )
     return list(rows.values())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hawqkit.records import Allocation, Frontier, Sensitivities, Validation
+from hawqkit.records import Allocation, Frontier, FrontierPoint, Sensitivities, Validation
 from hawqkit.report.arrangement import kind_of, short_kinds
 from hawqkit.report.comparison import Agreement, Row, agreements, compare, texts_of
 from hawqkit.report.grids import bits_figure, heat_figure, stability_figure
@@ -44,6 +44,7 @@ __all__ = [
 
 WIDTH = 9.6
 MOST_SERIES = len(SERIES)
+_ONE = 1e-6  # relative, below which points of a frontier are one point
 
 
 def result_figure(allocation: Allocation | None, validation: Validation) -> str:
@@ -83,7 +84,7 @@ def _result_panel(panel: Axes, rows: list[Row], text: str) -> None:
             fontsize=8,
             fontweight="bold" if row.chosen else "normal",
         )
-    panel.set_xlim(0, 1.5 * top)
+    panel.set_xlim(0, 1.5 * top if top > 0 else 1.0)  # a mix that rounds nothing loses nothing
     panel.set_title(label(shorten(text, 40)))
     panel.set_xlabel("KL divergence to the original model, nats (shorter is better)")
     panel.grid(axis="x")
@@ -104,6 +105,8 @@ def frontier_figure(frontier: Frontier) -> str:
     with styled():
         figure = new_figure(WIDTH, 4.1)
         axes = figure.subplots()
+        axes.set_yscale("log")
+        _widen(axes, everything, floor)
         best = np.maximum([p.objective for p in points], floor)
         bound = np.maximum([p.bound for p in points], floor)
         axes.fill_between(bits, bound, best, color=BLUE, alpha=0.22, linewidth=0)
@@ -130,7 +133,6 @@ def frontier_figure(frontier: Frontier) -> str:
             (chosen.average_bits, max(chosen.objective, floor)), xytext=(-10, -14),
             textcoords="offset points", ha="right", fontsize=8.5, fontweight="bold",
         )  # fmt: skip
-        axes.set_yscale("log")
         plain_log_ticks(axes.yaxis)
         axes.margins(x=0.07, y=0.08)
         axes.set_xlabel("average bits of a weight's code")
@@ -138,6 +140,16 @@ def frontier_figure(frontier: Frontier) -> str:
         axes.grid(which="major")
         axes.legend(loc="upper right")
         return to_svg(figure, "frontier", "Predicted loss of the best mix at every size")
+
+
+def _widen(axes: Axes, points: list[FrontierPoint], floor: float) -> None:
+    """Make room around points that are one, but for rounding, as those of a single format are."""
+    losses = [max(v, floor) for p in points for v in (p.objective, p.bound)]
+    sizes = [p.average_bits for p in points]
+    if max(losses) < (1 + _ONE) * min(losses):
+        axes.set_ylim(min(losses) / 2, max(losses) * 2)
+    if max(sizes) < (1 + _ONE) * min(sizes):
+        axes.set_xlim(min(sizes) - 0.5, max(sizes) + 0.5)
 
 
 def agreement_figure(allocation: Allocation | None, validation: Validation) -> str:

@@ -42,6 +42,12 @@ layers of half the curvature along each layer's rounding error (second order).
 Interactions: What the layers' errors do together beyond the sum of each alone: the joint
 prediction minus the sum.
 
+Linear logits: The KL divergence if the outputs before the softmax moved in proportion to the
+errors of all layers at once, the softmax itself being exact. What lies between it and second order
+is the softmax's; what lies between it and the measurement on the same data is the network's, which
+is not linear in its weights. On a parabola: the same with outputs on the parabola through those at
+a quarter of the errors to either side.
+
 Spread: How far, relatively, the KL divergence of a mix would scatter if its rounding errors were
 random: √(2 / participation ratio of the whole network).
 
@@ -144,7 +150,7 @@ def glossary(nouns: Nouns = TEXT) -> tuple[tuple[str, str], ...]:
     """Return (term, words) for one kind of data.
 
     >>> [term for term, _ in glossary() if "text" in term], len(glossary())
-    (['Calibration and held-out text'], 27)
+    (['Calibration and held-out text'], 28)
     """
     if not nouns.classes:
         return _parse(_TEXT)

@@ -13,6 +13,7 @@ from hawqkit.report.wording import (
     megabytes,
     percent,
     percent_with_error,
+    perplexity,
     plural,
     points,
     weights,
@@ -202,7 +203,7 @@ def _tiles(
         )
     if not nouns.classes:
         tiles.append(
-            Tile(percent(m.same_top1), "same next token", f"perplexity {fixed(m.perplexity, 1)}")
+            Tile(percent(m.same_top1), "same next token", f"perplexity {perplexity(m.loss, 1)}")
         )
     return tiles
 

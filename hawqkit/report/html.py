@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from hawqkit.records import (
     Provenance,
     Sensitivities,
     Spectrum,
+    Tuning,
     Validation,
 )
 from hawqkit.report import figures, nouns, wording
@@ -39,13 +39,20 @@ from hawqkit.report.comparison import (
 from hawqkit.report.glossary import glossary
 from hawqkit.report.headline import make_headline, model_name, original_bytes
 from hawqkit.report.layer_curvature import curvature_columns
+from hawqkit.report.linearized import gap_sentences, linearized_rows
 from hawqkit.report.spectral_section import spectrum_view
+from hawqkit.report.tuned import tuning_view
+from hawqkit.report.tuning_figure import tuning_figure
 from hawqkit.report.usage import make_usage
 from hawqkit.store import write_text_atomic
 
 TEMPLATE = "template.html.j2"
 SPECTRUM_PAGE = "spectrum_page.html.j2"
 DOUBTFUL = 10  # least stable layers that are named
+OTHER_MIX = (
+    "the folder tuning/ is of another mix than the allocation beside it, and is left out here; "
+    "tune again, or restore the allocation."
+)
 LOW_BITS = 2  # where second order misleads
 
 
@@ -58,6 +65,7 @@ def write_report(
     frontier: Frontier | None = None,
     provenance: Provenance | None = None,
     spectrum: Spectrum | None = None,
+    tuning: Tuning | None = None,
     exports: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Write the report as one HTML file, atomically, and return where it lies.
@@ -70,6 +78,7 @@ def write_report(
         frontier: without it, the section on other sizes is left out.
         provenance: without it, costs, versions and dates are left out.
         spectrum: with its densities; without it, nothing is said about eigenvalues and rank.
+        tuning: how the chosen mix was tuned; that of another mix is left out, with a warning.
         exports: target -> folder, for the commands that use them.
 
     Raises:
@@ -83,6 +92,7 @@ def write_report(
         frontier=frontier,
         provenance=provenance,
         spectrum=spectrum,
+        tuning=tuning,
         exports=exports,
     )
     return write_text_atomic(path, text)
@@ -96,6 +106,7 @@ def render_report(
     frontier: Frontier | None = None,
     provenance: Provenance | None = None,
     spectrum: Spectrum | None = None,
+    tuning: Tuning | None = None,
     exports: Mapping[str, str | Path] | None = None,
 ) -> str:
     """Return the report as HTML; equal records give equal text. See `write_report`."""
@@ -104,6 +115,8 @@ def render_report(
     pairs = agreements(rows, texts)
     score = score_used(sensitivities, allocation)
     words = nouns.nouns_for(sensitivities, validation)
+    shown = _of_choice(tuning, allocation)
+    linear = linearized_rows(rows)
     context: dict[str, Any] = {
         "sensitivities": sensitivities,
         "allocation": allocation,
@@ -121,6 +134,8 @@ def render_report(
         "texts": texts,
         "targets": target_names(rows),
         "pairs": pairs,
+        "linearized": linear,
+        "gap": gap_sentences(linear, words),
         "score": score,
         "power": _power(sensitivities, score.values),
         "formats": _format_counts(sensitivities, allocation),
@@ -132,11 +147,13 @@ def render_report(
         "risk": risk_view(sensitivities, allocation),
         "columns": curvature_columns(sensitivities, allocation, spectrum),
         "usage": make_usage(allocation, exports, words),
-        "warnings": _warnings(sensitivities, allocation, validation, spectrum),
+        "warnings": _warnings(sensitivities, allocation, validation, spectrum, tuning)
+        + ([OTHER_MIX] if tuning is not None and shown is None else []),
+        "tuning": tuning_view(shown),
         "spectrum": spectrum_view(spectrum) if spectrum is not None else None,
         "original_bytes": original_bytes(sensitivities),
         "glossary": glossary(words),
-        "figure": _figures(sensitivities, allocation, validation, frontier, bool(pairs)),
+        "figure": _figures(sensitivities, allocation, validation, frontier, bool(pairs), shown),
     }
     return _environment().get_template(TEMPLATE).render(context)
 
@@ -158,12 +175,19 @@ def write_spectrum_report(
     return write_text_atomic(path, _environment().get_template(SPECTRUM_PAGE).render(context))
 
 
+def _of_choice(tuning: Tuning | None, allocation: Allocation | None) -> Tuning | None:
+    """Return the tuning if it is of the chosen mix."""
+    fits = tuning is not None and allocation is not None and tuning.layers == allocation.layers
+    return tuning if fits else None
+
+
 def _figures(
     sensitivities: Sensitivities,
     allocation: Allocation | None,
     validation: Validation | None,
     frontier: Frontier | None,
     has_pairs: bool,
+    tuning: Tuning | None,
 ) -> dict[str, Markup]:
     """Return every figure that the records allow; the SVG is ours, its labels are escaped."""
     score = score_used(sensitivities, allocation)
@@ -179,6 +203,8 @@ def _figures(
             drawn["agreement"] = figures.agreement_figure(allocation, validation)
     if frontier is not None:
         drawn["frontier"] = figures.frontier_figure(frontier)
+    if tuning is not None:
+        drawn["tuning"] = tuning_figure(tuning)
     return {name: Markup(svg) for name, svg in drawn.items()}
 
 
@@ -193,7 +219,7 @@ def _environment() -> Environment:
     )
     environment.globals["style"] = Markup(_resource("style.css"))
     environment.globals["power_label"] = wording.power_label
-    environment.globals["perplexity"] = math.exp
+    environment.globals["loss_sentence"] = wording.loss_sentence
     for function in (
         nouns.amount,
         nouns.extent,
@@ -204,6 +230,7 @@ def _environment() -> Environment:
         wording.megabytes,
         wording.percent,
         wording.percent_with_error,
+        wording.perplexity,
         wording.plural,
         wording.significant,
         wording.with_error,
@@ -300,5 +327,7 @@ def _low_layers(allocation: Allocation | None) -> int:
     return sum(b is not None and b <= LOW_BITS for b in bits)
 
 
-def _warnings(*records: Sensitivities | Allocation | Validation | Spectrum | None) -> list[str]:
+def _warnings(
+    *records: Sensitivities | Allocation | Validation | Spectrum | Tuning | None,
+) -> list[str]:
     return list(dict.fromkeys(w for r in records if r is not None for w in r.warnings))

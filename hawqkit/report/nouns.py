@@ -82,6 +82,8 @@ def amount(facts: DataFacts) -> str:
     '2 images of 10 classes (x)'
     """
     nouns, source = nouns_of(facts), clean(facts.source)
+    if nouns.classes and not facts.classes:
+        return f"{nouns.count(facts.sequences)} with targets ({source})"
     if nouns.classes:
         classes = plural(facts.classes, "class", "classes")
         return f"{nouns.count(facts.sequences)} of {classes} ({source})"

@@ -33,6 +33,7 @@ from hawqkit.report.comparison import (
     texts_of,
 )
 from hawqkit.report.layer_curvature import curvature_table
+from hawqkit.report.linearized import linearized_parts
 from hawqkit.report.nouns import Nouns, nouns_for
 from hawqkit.report.spectral_tables import spectrum_tables
 from hawqkit.report.terminal import add_columns, new_table
@@ -45,8 +46,10 @@ from hawqkit.report.wording import (
     duration,
     fixed,
     gigabytes,
+    loss_sentence,
     megabytes,
     percent,
+    perplexity,
     power_label,
     scale_of_ten,
     shorten,
@@ -83,8 +86,12 @@ def print_summary(
     Raises:
         StateMismatch: the allocation was not made from these sensitivities.
     """
-    parts: list[RenderableType] = list(result_tables(allocation, validation))
+    record = sensitivities or allocation
+    note = loss_sentence(record.loss) if record is not None else ""
+    parts: list[RenderableType] = [Text(f"{note}\n")] if note else []
+    parts += result_tables(allocation, validation)
     parts += agreement_tables(allocation, validation)
+    parts += linearized_parts(compare(allocation, validation), nouns_for(sensitivities, validation))
     if sensitivities is not None:
         parts.append(sensitivities_table(sensitivities, allocation))
         parts.append(layers_table(sensitivities, allocation, full=full, width=console.width))
@@ -324,7 +331,7 @@ def _text_table(rows: Sequence[Row], text: str, nouns: Nouns) -> Table:
             with_error(m.kl, m.kl_stderr),
             DASH if row.chosen else with_error(m.difference, m.difference_stderr),
             percent(m.same_top1),
-            *(() if nouns.classes else (fixed(m.perplexity, 2),)),
+            *(() if nouns.classes else (perplexity(m.loss),)),
             style="bold" if row.chosen else "",
         )
     return table

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import re
 
+from hawqkit.records import CROSS_ENTROPY
+
 DASH = "–"
 ELLIPSIS = "…"
+_LARGEST_LOSS = 300 * math.log(10)  # whose exponential is still said as a number
 
 # Control characters drive a terminal, and bidirectional marks show a name as what it is not; lone
 # surrogates cannot be written as UTF-8.
@@ -63,6 +66,24 @@ def fixed(value: float | None, places: int) -> str:
     ('4.00', '–')
     """
     return DASH if value is None or not math.isfinite(value) else f"{value:.{places}f}"
+
+
+def perplexity(loss: float | None, places: int = 2) -> str:
+    """Return exp(loss) with so many decimal places, as a power of ten where it is far too large.
+
+    >>> perplexity(2.0), perplexity(25.0), perplexity(1e30), perplexity(None)
+    ('7.39', '7.2e+10', 'over 1e300', '–')
+
+    Args:
+        loss: in nats.
+        places: decimal places.
+    """
+    if loss is None or math.isnan(loss):
+        return DASH
+    if loss > _LARGEST_LOSS:
+        return "over 1e300"
+    value = math.exp(loss)
+    return f"{value:.{places}f}" if value < 1e6 else f"{value:.1e}"
 
 
 def compact(value: float | None) -> str:
@@ -212,6 +233,20 @@ def common_prefix(names: list[str]) -> str:
             break
         shared.append(column[0])
     return ".".join([*shared, ""])
+
+
+def loss_sentence(loss: str) -> str:
+    """Return what KL and nats stand for where the loss is another; empty for the cross-entropy.
+
+    >>> loss_sentence("cross-entropy")
+    ''
+    """
+    if loss == CROSS_ENTROPY:
+        return ""
+    return (
+        f"The loss of this probe is {clean(loss)}. Wherever KL and nats are named here, read what "
+        "the mean of that loss grows by, to second order, in its own unit."
+    )
 
 
 def power_label(power: int) -> str:

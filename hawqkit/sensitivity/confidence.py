@@ -21,7 +21,7 @@ from hawqkit.sensitivity.summary import facts_of
 MAX_PREDICTED_KL = "max_predicted_kl"
 DEFAULT_CONFIDENCE = 0.5
 
-WITHHELD, CHOOSING = "withheld sequences", "the scores that choose"
+CHOOSING = "the scores that choose"
 
 Mix = Mapping[str, str]
 
@@ -97,13 +97,12 @@ def upper_kl(kl: float, stderr: float, spread: float | None, limit: KlLimit) -> 
     if spread is None:
         raise InputError(
             f"{limit} needs the participation ratio of the whole network, and this run has no "
-            "pairs of sequences for it: probe with sensitivity.batch of 2 or more, or ask for "
-            "confidence 0.5."
+            "pairs for it: probe with sensitivity.batch of 2 or more, or ask for confidence 0.5."
         )
     if not math.isfinite(stderr):
         raise InputError(
-            f"{limit} needs the standard error of the prediction, and a single document has none: "
-            "calibrate on text of several documents, or ask for confidence 0.5."
+            f"{limit} needs the standard error of the prediction, and a single document or cluster "
+            "has none: calibrate on data of several, or ask for confidence 0.5."
         )
     return kl + z * math.hypot(spread * kl, stderr)
 
@@ -115,8 +114,8 @@ class Forecast:
     Attributes:
         expect: mix -> (KL, standard error).
         spread: sqrt(2 / participation ratio) of the whole network, None where it is not known.
-        source: which sequences predict.
-        sequences: how many.
+        source: what predicts, `withheld images` say.
+        sequences: how many of them.
     """
 
     expect: Callable[[Mix], tuple[float, float]]
@@ -151,7 +150,8 @@ def make_forecast(sensitivities: Sensitivities, name: str) -> Forecast:
             found = predict(samples, layers, formats, mix)
             return found.kl, found.kl_stderr
 
-        return Forecast(withheld, spread, WITHHELD, sensitivities.withheld)
+        source = f"withheld {sensitivities.data.many}"
+        return Forecast(withheld, spread, source, sensitivities.withheld)
     score = sensitivities.scores[name]
     values, stderr = to_array(score.values), to_array(score.stderr)
     replicates = None if samples is None else _replicates(sensitivities, samples, name)

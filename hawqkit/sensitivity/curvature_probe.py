@@ -86,8 +86,8 @@ class CurvatureSettings:
             )
         if self.shards > self.sequences:
             raise InputError(
-                f"curvature shards: {self.shards} shards need as many sequences, and there are "
-                f"{self.sequences}; use fewer shards or more sequences."
+                f"curvature shards: {self.shards} shards need `sequences` of at least as many, and "
+                f"it is {self.sequences}; use fewer shards, or raise it."
             )
 
 
@@ -366,7 +366,7 @@ def _deal(batches: Data, settings: CurvatureSettings) -> list[list[int]]:
         raise DataError(
             f"curvature sequences: {settings.sequences} were asked, and {len(rows)} of "
             f"{batches.facts.source} may choose and count a prediction{within}; ask for fewer "
-            "sequences, or calibrate on more."
+            f"{batches.facts.many}, or calibrate on more."
         )
     return [rows[d :: settings.shards] for d in range(settings.shards)]
 

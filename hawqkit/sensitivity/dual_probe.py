@@ -4,7 +4,8 @@ With labels y ~ p sampled from the model itself, the gradient g_l of a sequence'
 cross-entropy has `E |g_l|^2 = n tr(G_l)` and `E (g_l . dW)^2 = n dW' G_l dW`, where G_l is the
 layer's block of the Gauss-Newton matrix of the mean loss (the Fisher matrix) and n counts the
 predictions. Sequences are independent, so `E (g . g')^2 = n n' |G_l|_F^2` for two of them. No
-weight requires a gradient.
+weight requires a gradient. Random signs through a root of the outputs' curvature have the same
+moments, and so serve any loss; see `output_signs` and `objective_signs`.
 
 Letters: B sequences of a micro-batch, T positions, L layers, F formats, k sampled positions.
 """
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hawqkit.curvature.data import to_device
+from hawqkit.curvature.objective import Objective
 from hawqkit.errors import InputError, NumericalError, Unsupported
 from hawqkit.formats import NONE, activation_bits_of, with_activations
 from hawqkit.models.batch import Batch, predictions
@@ -29,6 +32,7 @@ from hawqkit.records import ActivationRanges, Integers, Layer
 from hawqkit.sensitivity.columns import Columns, plan_columns
 from hawqkit.sensitivity.input_terms import Call, InputSums
 from hawqkit.sensitivity.labels import sampled_residuals, uniforms
+from hawqkit.sensitivity.objective_signs import losses_by_example, objective_residuals
 from hawqkit.sensitivity.output_signs import sign_residuals
 from hawqkit.sensitivity.positions import PositionSampler
 from hawqkit.sensitivity.reduction import LayerSums, Scratch, reduce_layer
@@ -53,6 +57,7 @@ class DualProbe:
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
         paired: neighbors of a batch whose gradients are multiplied with each other, for |G|_F.
         signs: send back random signs through a root of the outputs' curvature, not drawn labels.
+        objective: another loss than the cross-entropy of drawn labels, always with signs.
     """
 
     def __init__(
@@ -69,8 +74,9 @@ class DualProbe:
         checkpointing: bool = False,
         paired: int = PAIRED,
         signs: bool = False,
+        objective: Objective | None = None,
     ) -> None:
-        self._paired, self._signs = paired, signs
+        self._paired, self._signs, self._objective = paired, signs, objective
         self._module, self._layers, self._formats = module, tuple(layers), tuple(formats)
         self._weights, self._errors = weights, errors
         self._positions, self._seed = positions, seed
@@ -106,9 +112,11 @@ class DualProbe:
 
         Returns:
             arrays named as in `records.Samples`, for the B sequences of this batch; `pairs` holds
-            rows of the batch. `labels` (B, T) are the sampled labels, -1 where nothing is counted.
+            rows of the batch. `labels` (B, T) are the sampled labels, -1 where nothing is counted,
+            and wherever no labels are drawn.
 
         Raises:
+            InputError: the objective is no sum over examples, or has another shape than it must.
             NumericalError: logits or gradients are not finite.
             Unsupported: something reads a layer's weight without calling it, or its output cannot
                 be told apart by example.
@@ -122,11 +130,37 @@ class DualProbe:
         self._sampler = self._make_sampler(batch, device)
         self._sums.clear()
         with torch.enable_grad(), self._taps.forward_pass(len(batch.index), batch.attention):
-            logits = predictions(self._module, batch, device)
+            outputs = self._run(batch, device)
         self._refuse_uncalled(batch, device)
-        residual, labels = self._residual(logits, batch)
-        torch.autograd.backward([logits], [residual])
-        return self._collect(batch, labels)
+        if self._objective is not None:
+            residual, counts = self._sent_back(self._objective, outputs, batch)
+            labels = torch.full((len(counts), 1), -1)
+        else:
+            residual, labels = self._residual(outputs, batch)
+            counts = batch.predicts.sum(1).numpy().astype(np.int64)
+        torch.autograd.backward([outputs], [residual])
+        return self._collect(batch, labels, counts)
+
+    def _run(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the outputs that the loss is a function of."""
+        if self._objective is None:
+            return predictions(self._module, batch, device)
+        z = self._objective.outputs(self._module, to_device(batch, device))
+        if not isinstance(z, Tensor) or z.ndim == 0 or len(z) != len(batch.index):
+            came = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise InputError(
+                f"{self._objective.name}: outputs returned {came} for a batch of "
+                f"{len(batch.index)} examples; it must return a tensor whose first axis is the "
+                "examples."
+            )
+        return z
+
+    def _sent_back(self, objective: Objective, z: Tensor, batch: Batch) -> tuple[Tensor, Integers]:
+        """Return what an objective sends back, and the predictions that each example counts."""
+        placed = to_device(batch, z.device)
+        counts = losses_by_example(objective, z, placed, whole=True)[1]
+        indices = batch.index.tolist()
+        return objective_residuals(objective, z, placed, indices, self._seed), counts
 
     def _residual(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return what is sent back from the outputs, and the drawn labels, -1 where none were."""
@@ -174,7 +208,7 @@ class DualProbe:
             for p in parameters:
                 p.requires_grad_(True)
             with torch.enable_grad(), self._taps.asleep():
-                total = predictions(self._module, batch, device).sum()
+                total = self._run(batch, device).sum()
                 found: Sequence[Tensor | None] = [None] * len(parameters)
                 if total.requires_grad:
                     found = torch.autograd.grad(total, parameters, allow_unused=True)
@@ -190,13 +224,13 @@ class DualProbe:
             )
         self._severed.update(unused)
 
-    def _collect(self, batch: Batch, labels: Tensor) -> Arrays:
+    def _collect(self, batch: Batch, labels: Tensor, counts: Integers) -> Arrays:
         size, count = len(batch.index), len(self._layers)
         first, second = _pairs(size, self._paired)
         shape = (size, count, len(self._formats))
         out: Arrays = {
             "index": batch.index.numpy().astype(np.int64),
-            "count": batch.predicts.sum(1).numpy().astype(np.int64),
+            "count": counts,
             "squared_gradient": np.empty(shape[:2]),
             "token_norm": np.empty(shape[:2]),
             "directional": np.full(shape, np.nan),

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hawqkit.errors import InputError, Unsupported
+from hawqkit.errors import InputError, Unsupported, did_you_mean
 from hawqkit.formats import (
+    INTEGER,
     Format,
     activation_bits_of,
     fitting_formats,
@@ -21,6 +22,7 @@ from hawqkit.records import ActivationRanges, Layer, Skipped
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
+MISFITS = ("refuse", "skip", "partial")
 MISFIT_LINES = 6  # widths that a message names: most models have two or three
 
 
@@ -43,21 +45,26 @@ def parse_formats(formats: Sequence[str]) -> list[Format]:
 def fitting_layers(
     model: LoadedModel, formats: Sequence[str], misfits: str
 ) -> tuple[tuple[Layer, ...], tuple[Skipped, ...]]:
-    """Return the layers that all formats fit, and those skipped.
+    """Return the layers to measure, and those skipped.
+
+    Layers that all formats fit are always among them. Where some do not fit, `refuse` raises,
+    `skip` leaves the layer out, and `partial` keeps it with those that fit, if there are any.
 
     Raises:
         Unsupported: a group size does not divide a layer's columns and `misfits` is `refuse`, or
             no layer is left.
-        InputError: `misfits` is neither.
+        InputError: `misfits` is none of the three.
     """
-    if misfits not in ("refuse", "skip"):
-        raise InputError(f"misfits {misfits!r}: allowed are refuse, skip.")
+    if misfits not in MISFITS:
+        allowed = f"misfits {misfits!r}: allowed are {', '.join(MISFITS)}."
+        raise InputError(allowed + did_you_mean(misfits, MISFITS))
     parsed = parse_formats(formats)
     kept, skipped = [], list(model.skipped)
     found: dict[int, list[str]] = {}  # columns -> names of the layers that have so many
     for layer in model.layers:
         bad = [f.name for f in parsed if not f.fits(layer.columns)]
-        if not bad:
+        fitting = any(f.quantizes and f.name not in bad for f in parsed)
+        if not bad or (misfits == "partial" and fitting):
             kept.append(layer)
             continue
         reason = f"{layer.columns} columns do not divide into groups of {', '.join(bad)}"
@@ -67,7 +74,8 @@ def fitting_layers(
         raise Unsupported(
             f"{sum(map(len, found.values()))} layers do not take all formats:\n"
             + "\n".join(_misfit_lines(found, parsed))
-            + "\nUse formats that fit, exclude these layers, or set layers.misfits to skip."
+            + "\nUse formats that fit, exclude these layers, or set layers.misfits to skip (leave "
+            "them out) or partial (each takes those that fit)."
         )
     if not kept:
         raise Unsupported(
@@ -81,7 +89,13 @@ def _misfit_lines(found: Mapping[int, Sequence[str]], formats: Sequence[Format])
     lines = []
     for columns, names in list(found.items())[:MISFIT_LINES]:
         bad = [f.name for f in formats if not f.fits(columns)]
-        fit = [f for f in fitting_formats(columns) if not f.endswith("-asym")]
+        families = dict.fromkeys((*(f.family for f in formats), INTEGER))
+        fit = dict.fromkeys(
+            f
+            for family in families
+            for f in fitting_formats(columns, family)
+            if not f.endswith("-asym")
+        )
         more = f" (and {len(names) - 2} more layers)" if len(names) > 2 else ""
         lines.append(
             f"  - {', '.join(names[:2])}{more}: {columns} columns do not divide into groups of "

@@ -48,9 +48,7 @@ def predict(
     """
     rows = np.flatnonzero(samples.withheld == 1) if rows is None else rows
     if not len(rows):
-        raise InputError(
-            "no sequences were withheld from choosing; set calibration.withheld above 0."
-        )
+        raise InputError("nothing was withheld from choosing; set calibration.withheld above 0.")
     products = _products(samples, layers, formats, mix)[rows]  # (S, L)
     clusters = samples.document[rows]
     sums = {
@@ -125,7 +123,7 @@ def _finite(value: Floats) -> float:
     """Return the error, or raise: a prediction from one document has none."""
     if not np.isfinite(value):
         raise InputError(
-            "the withheld sequences come from a single document, so a prediction has no standard "
-            "error; withhold more sequences, or calibrate on text of several documents."
+            "what was withheld comes from a single document or cluster, so a prediction has no "
+            "standard error; withhold more, or calibrate on data of several."
         )
     return float(value)

@@ -11,20 +11,17 @@ import numpy as np
 
 from hawqkit import distributed
 from hawqkit.costs import available_bytes
+from hawqkit.curvature.objective import Objective
 from hawqkit.errors import InputError, NumericalError
-from hawqkit.formats import (
-    NONE,
-)
+from hawqkit.formats import NONE
 from hawqkit.journal import Journal
 from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
-from hawqkit.quantize.activations import (
-    ActivationSettings,
-    refuse_other_model,
-)
+from hawqkit.quantize.activations import ActivationSettings, refuse_other_model
 from hawqkit.quantize.errors_of import LayerErrors, make_errors
 from hawqkit.quantize.rounding import scale_dtype_for
 from hawqkit.records import (
+    CROSS_ENTROPY,
     SCHEMA,
     ActivationRanges,
     DataFacts,
@@ -38,6 +35,7 @@ from hawqkit.sensitivity.curvature_probe import CurvatureProbe, CurvatureSetting
 from hawqkit.sensitivity.curvature_scores import with_curvature
 from hawqkit.sensitivity.dual_probe import PAIRED, DualProbe
 from hawqkit.sensitivity.fitting import fitting_layers, ranges_for
+from hawqkit.sensitivity.objective_signs import refuse_flat, refuse_objective
 from hawqkit.sensitivity.summary import summarize
 from hawqkit.store import Arrays, fingerprint
 
@@ -65,7 +63,8 @@ class ProbeSettings:
         checkpointing: recompute blocks in the backward pass.
         positions: sampled positions a sequence for the token scores; 0 leaves them out.
         seed: of sampled labels and positions.
-        misfits: `refuse` or `skip` layers whose columns a group size does not divide.
+        misfits: `refuse` or `skip` layers whose columns some formats do not divide, or measure
+            them in those that fit, `partial`.
     """
 
     rounding: str = "searched"
@@ -91,12 +90,20 @@ def probe(
     also: Sequence[str] = (),
     curvature: CurvatureSettings | None = None,
     activations: ActivationRanges | ActivationSettings | None = None,
+    objective: Objective | None = None,
     folder: str | Path | None = None,
     track: Track = untracked,
 ) -> Sensitivities:
     """Measure how much every layer suffers in every format: one forward and backward pass a batch.
 
     With several processes each one measures its share of the micro-batches; all return the same.
+
+    Scores predict the KL divergence in nats. With an `objective` they predict what the mean of its
+    loss grows by, to second order in the change of the outputs, `1/2 dz' L_zz dz` for each
+    prediction: the part that is left where the gradient of the loss averages out, as it does in a
+    trained network. Random signs go back through a root of L_zz, which is the objective's `root`,
+    or is made of its `curvature` or of its `loss` differentiated twice (see
+    `curvature.output_roots`), so L_zz must be positive semi-definite.
 
     Args:
         model: from `load_model` or `wrap_model`.
@@ -109,6 +116,8 @@ def probe(
         curvature: what those may cost; see `CurvatureSettings`.
         activations: ranges of the layers' inputs, for formats that round them; or how to find them
             on the same data, first of all, which by default is `mse`.
+        objective: the loss, for instance `squared_error()`; None is the softmax cross-entropy of
+            the model's own predictions. Examples with `targets` need one.
         folder: of the journal, so that a killed probe goes on where it stopped; None keeps none.
         track: wraps the micro-batches to show progress, `(items, stage, total) -> items`.
 
@@ -116,16 +125,18 @@ def probe(
         the table of every score, with `samples` attached.
 
     Raises:
-        InputError: no formats, an unknown one, or one named twice; `also` names another score.
+        InputError: no formats, an unknown one, or one named twice; `also` names another score, or
+            one beside an objective; the objective is no sum over examples, or is missing.
         Unsupported: a format does not fit a layer (and misfits are refused), or a score of `also`
-            needs derivatives that the model does not have.
+            needs derivatives that the model does not have; or the objective has no root.
         NumericalError: weights or gradients are not finite.
         StateMismatch: the journal belongs to another model, data, format list or seed, or the
             ranges to another model.
     """
     settings = settings or ProbeSettings()
+    refuse_objective(batches, objective, also)
     ranges = ranges_for(model, batches, formats, settings.misfits, activations, track)
-    prober = Prober(model, batches, formats, settings, folder, ranges)
+    prober = Prober(model, batches, formats, settings, folder, ranges, objective)
     beside = None
     if also:
         home = Path(folder) / "curvature" if folder is not None else None
@@ -162,11 +173,13 @@ class Prober:
         settings: ProbeSettings,
         folder: str | Path | None = None,
         activations: ActivationRanges | None = None,
+        objective: Objective | None = None,
     ) -> None:
+        refuse_objective(batches, objective)
         if activations is not None:
             refuse_other_model(activations, model)
         self._model, self._batches, self._settings = model, batches, settings
-        self._activations = activations
+        self._activations, self._objective = activations, objective
         self.formats = tuple(formats)
         self.layers, self.skipped = fitting_layers(model, formats, settings.misfits)
         self.size = micro_batch_size(settings.batch, batches.facts, model.device.type)
@@ -190,7 +203,7 @@ class Prober:
             try:
                 self.errors[layer.name] = make_errors(
                     self._model.weight(layer.name),
-                    parsed,
+                    [form for form in parsed if form.fits(layer.columns)],
                     rounding=self._settings.rounding,
                     scale_dtype=scale_dtype_for(layer.dtype),
                     keep=self.keep,
@@ -210,8 +223,9 @@ class Prober:
             positions=self._settings.positions,
             seed=self._settings.seed,
             checkpointing=self._settings.checkpointing,
-            paired=PAIRED_EXAMPLES if self._batches.facts.classes else PAIRED,
+            paired=PAIRED_EXAMPLES if self._batches.facts.by_example else PAIRED,
             signs=bool(self._batches.facts.classes),
+            objective=self._objective,
         )
         self._dual.__enter__()
         return self
@@ -241,8 +255,11 @@ class Prober:
         everyone: dict[int, Arrays] = {}
         for part in distributed.gather(self._results):
             everyone |= part
+        samples = join_samples([everyone[n] for n in sorted(everyone)], self._batches)
+        if self._objective is not None:
+            refuse_flat(samples, self._objective)
         found = summarize(
-            join_samples([everyone[n] for n in sorted(everyone)], self._batches),
+            samples,
             weight_errors(self.layers, self.formats, self.errors),
             model=self._model.facts,
             data=self._batches.facts,
@@ -251,6 +268,7 @@ class Prober:
             formats=self.formats,
             rounding=self._settings.rounding,
             fingerprint=self.fingerprint,
+            loss=CROSS_ENTROPY if self._objective is None else self._objective.name,
         )
         ranges = self._activations
         if ranges is None:
@@ -262,6 +280,7 @@ class Prober:
     def _facts(self) -> dict[str, Any]:
         ranges = self._activations
         return {
+            **({} if self._objective is None else {"objective": self._objective.name}),
             **({} if ranges is None else {"activations": ranges.fingerprint}),
             "schema": SCHEMA,
             "model": self._model.facts.hash,
@@ -288,7 +307,7 @@ def micro_batch_size(asked: int | str, data: DataFacts, device_type: str) -> int
             raise InputError(f"batch {asked!r}: must be auto or a whole number of at least 1.")
         return asked
     tokens = CPU_TOKENS if device_type == "cpu" else DEVICE_TOKENS
-    most = MOST_EXAMPLES if data.classes else MOST_SEQUENCES
+    most = MOST_EXAMPLES if data.by_example else MOST_SEQUENCES
     return max(2, min(most, tokens // max(data.length, 1)))
 
 

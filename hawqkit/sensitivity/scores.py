@@ -231,17 +231,17 @@ def with_risk(
         return values
     isotropic = name in ISOTROPIC
     what = "participation ratio" if isotropic else "standard error"
-    advice = "use more sequences, micro-batches of at least two, or risk 0."
+    advice = "calibrate on more of them, in micro-batches of at least two, or use risk 0."
     if isotropic:
         deviation = values * np.sqrt(2 / participation)[:, None]
     elif deviation is not None:
-        what = "deviation over shards of the text"
+        what = "deviation over shards of the data"
         advice = "set sensitivity.curvature.shards to 2 or more, or use risk 0."
     else:
         deviation = stderr
     if not np.isfinite(deviation[np.isfinite(values)]).all():
         raise InputError(
-            f"risk {risk:g} needs the {what} of every layer, and this run has too few sequences "
-            f"for it; {advice}"
+            f"risk {risk:g} needs the {what} of every layer, and this run measured too little "
+            f"data for it; {advice}"
         )
     return values + risk * deviation

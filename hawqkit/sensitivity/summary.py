@@ -8,6 +8,7 @@ import numpy as np
 
 from hawqkit.formats import NONE
 from hawqkit.records import (
+    CROSS_ENTROPY,
     DataFacts,
     Floats,
     Layer,
@@ -38,6 +39,7 @@ def summarize(
     formats: Sequence[str],
     rounding: str,
     fingerprint: str,
+    loss: str = CROSS_ENTROPY,
 ) -> Sensitivities:
     """Evaluate every score with its standard error over the sequences that choose.
 
@@ -51,6 +53,7 @@ def summarize(
         formats: F names.
         rounding: `nearest` or `searched`.
         fingerprint: hash of all that the samples depend on.
+        loss: name of the loss whose increase is predicted.
     """
     facts = score_facts(layers, weight_error)
     sums = sums_of(samples)
@@ -81,7 +84,8 @@ def summarize(
         rounding=rounding,
         fingerprint=fingerprint,
         withheld=int((samples.withheld == 1).sum()),
-        warnings=_warnings(samples, with_token, layers, bool(data.classes)),
+        loss=loss,
+        warnings=_warnings(samples, with_token, layers, data.by_example),
         samples=samples,
     )
 

@@ -13,6 +13,13 @@ TARGETS: dict[str, str] = {
     "compressed-tensors": "hawqkit.targets.compressed_tensors",
     "bits": "hawqkit.targets.bits",
     "onnx": "hawqkit.targets.onnx",
+    "gguf": "hawqkit.targets.gguf",
+    "llama-quantize": "hawqkit.targets.llama_quantize",
+    "llm-compressor": "hawqkit.targets.llm_compressor",
+    "auto-round": "hawqkit.targets.auto_round",
+    "gptqmodel": "hawqkit.targets.gptqmodel",
+    "modelopt": "hawqkit.targets.modelopt",
+    "neural-compressor": "hawqkit.targets.neural_compressor",
 }
 
 __all__ = ["TARGETS", "Target", "find_target"]

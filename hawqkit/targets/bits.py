@@ -34,11 +34,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hawqkit.errors import Unsupported
-from hawqkit.formats import parse_format, with_activations
+from hawqkit.formats import (
+    ACTIVATION_BITS,
+    FLOATS,
+    GGUFS,
+    GROUP_SIZES,
+    INTEGER_BITS,
+    parse_format,
+    with_activations,
+)
 from hawqkit.records import Allocation, Integers, Layer, ModelFacts
 from hawqkit.runtimes import RUNTIMES as PROFILES
 from hawqkit.store import to_json
-from hawqkit.targets.contract import mix_problems, require
+from hawqkit.targets.contract import (
+    ALL_KINDS,
+    Capabilities,
+    IntegerFormats,
+    mix_problems,
+    require,
+)
 from hawqkit.targets.folders import published
 
 if TYPE_CHECKING:
@@ -52,6 +66,14 @@ SIZED = False
 FILE = "bits.json"
 KIND = "hawqkit-bits"
 SCHEMA = 1
+
+
+def capabilities() -> Capabilities:
+    """Return every format: they are names."""
+    integers = IntegerFormats(
+        INTEGER_BITS, (*GROUP_SIZES, None), (True, False), (None, *ACTIVATION_BITS)
+    )
+    return Capabilities((integers,), (*FLOATS, *GGUFS), kinds=ALL_KINDS, tied=True)
 
 
 def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:

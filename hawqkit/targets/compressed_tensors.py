@@ -1,13 +1,7 @@
 """compressed-tensors: a folder that `AutoModelForCausalLM.from_pretrained` loads, widths mixed.
 
-The layout is `pack-quantized`. A layer n of shape (rows, columns) in b bits with g columns to a
-scale is stored as
-
-    n.weight_packed  int32 (rows, ceil(columns b / 32))   codes + 2^(b-1), dense, low bits first
-    n.weight_scale   (rows, columns / g)                  bfloat16 or float16, signed
-    n.weight_shape   int64 (2,)
-
-and everything else as it was. All weights stand in one `model.safetensors`, whatever the size: the
+`compressed_tensors_layouts` says how a layer is stored in each format; everything else is stored as
+it was. All weights stand in one `model.safetensors`, whatever the size: the
 format has 64-bit offsets and is read through a memory map, so a shard saves nothing.
 
 This module needs no torch; `compressed_tensors_writer` makes the tensors.
@@ -19,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +23,23 @@ from hawqkit import __version__
 from hawqkit.errors import Unsupported
 from hawqkit.formats import Format, parse_format
 from hawqkit.records import Allocation, Integers, Layer, ModelFacts, Tensor
-from hawqkit.targets.contract import choice_problem, mix_problems, require
+from hawqkit.targets.compressed_tensors_layouts import (
+    FLOATS,
+    MIXED,
+    W8A8,
+    format_problem,
+    input_problem,
+    layout_of,
+    packed,
+    scheme,
+)
+from hawqkit.targets.contract import (
+    Capabilities,
+    IntegerFormats,
+    choice_problem,
+    mix_problems,
+    require,
+)
 from hawqkit.targets.safetensors_bytes import entry, file_bytes
 
 if TYPE_CHECKING:
@@ -91,6 +102,12 @@ of either sign, which these layers have.
 """
 
 
+def capabilities() -> Capabilities:
+    """Return what transformers loads again."""
+    integers = (IntegerFormats((2, 3, 4, 5, 6, 8)), IntegerFormats((8,), (None,), activations=(8,)))
+    return Capabilities(integers, FLOATS)
+
+
 def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
     """Return everything that the target cannot hold, each with the layer and what would fit."""
     found = []
@@ -112,7 +129,9 @@ def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts)
         if problem is not None:
             found.append(problem)
         elif parse_format(format_name).quantizes:
-            found.extend(_layer_problems(known[name], parse_format(format_name), stored))
+            found.extend(
+                _layer_problems(known[name], parse_format(format_name), stored, facts.dtype)
+            )
     return found
 
 
@@ -122,7 +141,7 @@ def _merges_experts(layers: Mapping[str, Layer], stored: set[str]) -> bool:
     return any(match is not None and match["owner"] not in layers for match in matches)
 
 
-def _layer_problems(layer: Layer, format: Format, stored: set[str]) -> list[str]:
+def _layer_problems(layer: Layer, format: Format, stored: set[str], dtype: str) -> list[str]:
     """Return why a layer cannot be packed: what fails with the versions that `_WARNING` names."""
     keep = f"keep it ('none'), or exclude it with `layers.exclude: [{layer.name}]`"
     found = []
@@ -147,17 +166,8 @@ def _layer_problems(layer: Layer, format: Format, stored: set[str]) -> list[str]
             "a checkpoint stores its weight under another name, and packed weights are not "
             f"renamed when they are loaded; {keep}."
         )
-    if format.activation_bits is not None:
-        found.append(
-            "this target writes weights alone, and the layer's inputs would not be quantized; use "
-            f"{format.weights.name!r}, or export 'bits'."
-        )
-    if not format.symmetric:
-        plain = format.weights.name.removesuffix("-asym")
-        found.append(
-            "packed zero points do not load (their shapes disagree in compressed-tensors 0.20.0 "
-            f"with transformers 5.23); use the symmetric {plain!r}."
-        )
+    wrong = format_problem(format, dtype)
+    found += [] if wrong is None else [wrong]
     return [f"layer {layer.name!r} in format {format.name!r}: {problem}" for problem in found]
 
 
@@ -213,7 +223,18 @@ def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path
     from hawqkit.targets.compressed_tensors_writer import write_checkpoint
 
     require(NAME, problems(allocation.layers, model.layers, model.facts))
+    require(NAME, _input_problems(allocation))
     return write_checkpoint(allocation, Path(folder), model)
+
+
+def _input_problems(allocation: Allocation) -> list[str]:
+    """Return what is wrong with how the mix rounds inputs, if it does."""
+    rounds = [n for n, f in allocation.layers.items() if parse_format(f).activation_bits]
+    ranges = allocation.activations
+    if not rounds or ranges is None:
+        return []
+    wrong = input_problem(ranges.mode, ranges.symmetric)
+    return [] if wrong is None else [f"inputs of {len(rounds)} layers: {wrong}"]
 
 
 def write_from_facts(
@@ -235,24 +256,6 @@ def is_export(folder: Path) -> bool:
         return False
     mark = config.get(MARK) if isinstance(config, dict) else None
     return isinstance(mark, dict) and mark.get("target") == NAME
-
-
-def packed(layer: Layer, format: Format) -> list[Tensor]:
-    """Return the tensors that stand for a layer's weight.
-
-    >>> layer = Layer("up", "linear", rows=8, columns=96, dtype="float32")
-    >>> [(t.name, t.shape) for t in packed(layer, parse_format("int3-g32"))]
-    [('up.weight_packed', (8, 9)), ('up.weight_scale', (8, 3)), ('up.weight_shape', (2,))]
-    """
-    assert format.bits is not None
-    words = -(-layer.columns * format.bits // 32)
-    scale = "float16" if layer.dtype == "float16" else "bfloat16"
-    groups = format.groups_per_row(layer.columns)
-    return [
-        Tensor(f"{layer.name}.weight_packed", "int32", (layer.rows, words)),
-        Tensor(f"{layer.name}.weight_scale", scale, (layer.rows, groups)),
-        Tensor(f"{layer.name}.weight_shape", "int64", (2,)),
-    ]
 
 
 def stored_tensors(
@@ -287,34 +290,30 @@ def quantization_config(
     quantized = quantized_layers(mix, layers)
     if not quantized:
         return None
-    members: dict[tuple[int, int], list[str]] = {}
-    for layer, format_ in quantized:
-        members.setdefault((format_.bits or 0, format_.group_size or 0), []).append(layer.name)
+    members: dict[Format, tuple[Format, list[str]]] = {}
+    for layer, format_ in quantized:  # w8a8 and int8-channel-a8 are one
+        key = replace(format_, name="")
+        members.setdefault(key, (format_, []))[1].append(layer.name)
     groups = {}
-    for index, ((bits, group_size), names) in enumerate(sorted(members.items())):
-        groups[f"group_{index}"] = {
-            "targets": [pattern(name) for name in names],
-            "weights": {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group" if group_size else "channel",
-                "group_size": group_size or None,
-                "dynamic": False,
-            },
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
+    for index, (format_, names) in enumerate(sorted(members.values(), key=lambda m: _order(m[0]))):
+        targets = [pattern(name) for name in names]
+        groups[f"group_{index}"] = {"targets": targets, **scheme(format_)}
+    layouts = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": _ignored({layer.name for layer, _ in quantized}, layers, facts),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def _order(format: Format) -> tuple[int, int, int, str]:
+    """Return what formats are sorted by: bits, columns to a scale, bits of inputs, element."""
+    acts = format.activation_bits or 0
+    return format.bits or 0, format.group_size or 0, acts, f"{format.element} {format.per_tensor}"
 
 
 def _ignored(quantized: set[str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
@@ -343,11 +342,18 @@ def readme(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -
     for layer, format_ in quantized_layers(mix, layers):
         count[format_.name] += 1
         entries[format_.name] += layer.numel
-    ordered = sorted(count, key=lambda n: (parse_format(n).bits, parse_format(n).group_size or 0))
+    ordered = sorted(count, key=lambda n: _order(parse_format(n)))
     rows = [f"| {n} | {count[n]} | {entries[n]:,} |" for n in ordered]
+    formats_ = [format_ for _, format_ in quantized_layers(mix, layers)]
+    layouts = ", ".join(sorted({f"`{layout_of(f)}`" for f in formats_}))
+    inputs = (
+        f"the inputs of layers in `{W8A8}` are rounded to 8 bits, token by token"
+        if any(f.activation_bits for f in formats_)
+        else "activations are not quantized"
+    )
     about = (
-        "Weights are packed integers of the widths below, chosen layer by layer; activations are "
-        "not quantized. The layout is compressed-tensors' `pack-quantized`."
+        "Weights are stored in the formats below, chosen layer by layer; "
+        f"{inputs}. Layouts of compressed-tensors: {layouts}."
         if rows
         else "No layer is quantized: this is the original checkpoint."
     )

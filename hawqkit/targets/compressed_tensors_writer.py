@@ -11,10 +11,12 @@ from torch import Tensor
 from hawqkit.errors import NumericalError, Unsupported
 from hawqkit.formats import Format
 from hawqkit.models.model import LoadedModel
+from hawqkit.quantize.floats import round_floats
 from hawqkit.quantize.of_layer import quantize_layer
 from hawqkit.quantize.rounding import scale_dtype_for
 from hawqkit.records import Allocation, Layer
 from hawqkit.targets import compressed_tensors as layout
+from hawqkit.targets.compressed_tensors_layouts import FP8, INT8, PACKED, layout_of
 from hawqkit.targets.folders import published
 
 WORD_BITS = 32
@@ -70,17 +72,46 @@ def checkpoint(allocation: Allocation, model: LoadedModel) -> dict[str, Tensor]:
 def _packed_layer(
     layer: Layer, format: Format, rounding: str, model: LoadedModel
 ) -> dict[str, Tensor]:
+    layout = layout_of(format)
+    if layout in (PACKED, INT8):
+        return _integers(layer, format, rounding, model, whole=layout == INT8)
+    dtype = scale_dtype_for(layer.dtype)
+    weight = model.weight(layer.name)
+    made = round_floats(weight, format, rounding=rounding, scale_dtype=dtype)
+    scales = made.stored_scales.cpu()
+    if layout == FP8:
+        return {
+            f"{layer.name}.weight": made.codes.cpu().view(torch.float8_e4m3fn),
+            f"{layer.name}.weight_scale": scales.reshape(-1) if format.per_tensor else scales,
+        }
+    codes = made.codes.cpu()
+    glob = made.tensor_scale
+    return {
+        f"{layer.name}.weight_packed": codes[:, 0::2] | (codes[:, 1::2] << 4),
+        f"{layer.name}.weight_scale": scales,
+        **({} if glob is None else {f"{layer.name}.weight_global_scale": glob.cpu().reshape(1)}),
+    }
+
+
+def _integers(
+    layer: Layer, format: Format, rounding: str, model: LoadedModel, *, whole: bool
+) -> dict[str, Tensor]:
+    """Return codes packed into words or, where they are bytes anyhow, `whole`."""
     assert format.bits is not None
     dtype = scale_dtype_for(layer.dtype)
-    quantized = quantize_layer(model, layer.name, format, rounding=rounding, scale_dtype=dtype)
+    weights = format.weights
+    quantized = quantize_layer(model, layer.name, weights, rounding=rounding, scale_dtype=dtype)
     if not bool(torch.isfinite(quantized.scales).all()):
         raise NumericalError(
             f"layer {layer.name!r}: its weights are too large for scales in {dtype}; load the "
             "model in bfloat16 or float32."
         )
+    scale = {f"{layer.name}.weight_scale": _own(quantized.scales)}
+    if whole:
+        return {f"{layer.name}.weight": _own(quantized.codes), **scale}
     return {
         f"{layer.name}.weight_packed": pack(quantized.codes.cpu(), format.bits),
-        f"{layer.name}.weight_scale": _own(quantized.scales),
+        **scale,
         f"{layer.name}.weight_shape": torch.tensor([layer.rows, layer.columns]),
     }
 

@@ -7,18 +7,98 @@ not name stays as it is stored.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from hawqkit.errors import InputError, Unsupported, did_you_mean
-from hawqkit.formats import fitting_formats, parse_format
+from hawqkit.formats import INTEGER, Format, fitting_formats, format_names, parse_format
 from hawqkit.records import Allocation, Integers, Layer, ModelFacts
 
 if TYPE_CHECKING:
     from hawqkit.models.model import LoadedModel
 
 
+ALL_KINDS = ("linear", "conv1d", "embedding", "convolution", "transposed-convolution")
 MOST_PROBLEMS = 10  # that a message lists: a wrong target has one for each layer
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerFormats:
+    """Integer formats that a target can hold: every combination of what is listed.
+
+    Attributes:
+        bits: widths of a code.
+        groups: columns that share a scale; None is the whole row (`channel`).
+        symmetric: True for formats without a zero point, False for those with one.
+        activations: bits of a layer's inputs; None where they stay as they are.
+    """
+
+    bits: tuple[int, ...]
+    groups: tuple[int | None, ...] = (32, 64, 128, None)
+    symmetric: tuple[bool, ...] = (True,)
+    activations: tuple[int | None, ...] = (None,)
+
+    def hold(self, format: Format) -> bool:
+        """Whether a format is one of them.
+
+        >>> IntegerFormats((4, 8)).hold(parse_format("int4-g64"))
+        True
+        >>> IntegerFormats((4, 8)).hold(parse_format("int4-g64-asym"))
+        False
+        """
+        return (
+            format.family == INTEGER
+            and format.bits in self.bits
+            and format.group_size in self.groups
+            and format.symmetric in self.symmetric
+            and format.activation_bits in self.activations
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a target can hold, as data: `hawqkit targets` prints it, `problems_of` checks it.
+
+    Attributes:
+        integers: sets of integer formats; a format of any of them can be held.
+        names: formats of other families, by name.
+        kinds: kinds of layers that can be quantized.
+        tied: whether a weight with several uses can be quantized.
+        mixed: False if all quantized layers must have one format.
+        rows_multiple: what the rows of a quantized layer must be a multiple of.
+        columns_multiple: the same of its columns.
+        shares: the runtime whose fused layers must share a format whatever reads the result; None
+            where only the runtime of the allocation decides.
+    """
+
+    integers: tuple[IntegerFormats, ...] = ()
+    names: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("linear",)
+    tied: bool = False
+    mixed: bool = True
+    rows_multiple: int = 1
+    columns_multiple: int = 1
+    shares: str | None = None
+
+    def hold(self, format: Format) -> bool:
+        """Whether the target can hold a format at all; `none` always."""
+        if not format.quantizes or format.name in self.names:
+            return True
+        return any(integers.hold(format) for integers in self.integers)
+
+    def formats(self) -> tuple[str, ...]:
+        """Return the names of all formats of weights that can be held, `none` last.
+
+        >>> Capabilities((IntegerFormats((4,), (None,)),), names=("nf4-g64",)).formats()
+        ('int4-channel', 'nf4-g64', 'none')
+        """
+        return tuple(name for name in format_names() if self.hold(parse_format(name)))
+
+    def activations(self) -> tuple[int, ...]:
+        """Return the bits that inputs of layers can have, fewest first."""
+        found = {bits for integers in self.integers for bits in integers.activations}
+        return tuple(sorted(bits for bits in found if bits is not None))
 
 
 class Target(Protocol):
@@ -36,6 +116,9 @@ class Target(Protocol):
     ABOUT: str
     RUNTIMES: tuple[str, ...]
     SIZED: bool
+
+    def capabilities(self) -> Capabilities:
+        """Return what the target can hold, whatever the model."""
 
     def problems(
         self, mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
@@ -127,7 +210,7 @@ def choice_problem(name: str, format_name: str, known: Mapping[str, Layer]) -> s
     if not format_.fits(columns):
         return (
             f"layer {name!r}: format {format_name!r} does not fit its {columns} columns, which "
-            f"{format_.group_size} does not divide; these fit: "
-            f"{', '.join(fitting_formats(columns))}."
+            f"{format_.columns_divisor} does not divide; these fit: "
+            f"{', '.join(fitting_formats(columns, format_.family))}."
         )
     return None

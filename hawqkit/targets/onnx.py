@@ -26,9 +26,16 @@ import numpy as np
 
 from hawqkit import __version__
 from hawqkit.errors import Unsupported
-from hawqkit.formats import Format, parse_format
+from hawqkit.formats import INTEGER, Format, parse_format
 from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.contract import choice_problem, mix_problems, require
+from hawqkit.targets.contract import (
+    ALL_KINDS,
+    Capabilities,
+    IntegerFormats,
+    choice_problem,
+    mix_problems,
+    require,
+)
 from hawqkit.targets.onnx_parts import (
     Place,
     activation_parts,
@@ -85,6 +92,19 @@ logits, = session.run(["logits"], {{{feed}}})
 """
 
 
+def capabilities() -> Capabilities:
+    """Return what ONNX Runtime has kernels for."""
+    return Capabilities(
+        integers=(
+            IntegerFormats(WIDTHS, symmetric=(True, False)),
+            IntegerFormats((4,), symmetric=(True, False), activations=(8,)),
+            IntegerFormats((8,), (None,), symmetric=(True, False), activations=(8,)),
+        ),
+        kinds=ALL_KINDS,
+        tied=True,
+    )
+
+
 def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
     """Return everything that the target cannot hold, each with the layer and what would fit."""
     found = []
@@ -102,6 +122,11 @@ def _format_problem(layer: Layer, format: Format) -> str | None:
     what = f"layer {layer.name!r} in format {format.name!r}: "
     if not format.quantizes:
         return None
+    if format.family != INTEGER:
+        return (
+            f"{what}the graph holds integers alone; use an integer format such as int4-g64, or "
+            "export 'bits'."
+        )
     if format.bits not in WIDTHS:
         return (
             f"{what}ONNX Runtime has kernels for weights of {' and '.join(map(str, WIDTHS))} bits, "

@@ -17,6 +17,7 @@ _CODES = {
     "bfloat16": "BF16",
     "float16": "F16",
     "int16": "I16",
+    "float8_e4m3fn": "F8_E4M3",
     "int8": "I8",
     "uint8": "U8",
     "bool": "BOOL",

@@ -19,7 +19,8 @@ from hawqkit.journal import Journal
 from hawqkit.store import Arrays
 
 KEPT = 2  # the newest ones: should the disk damage one, the one before it still stands
-CURVE = ("loss", "learning_rate", "gradient_norm")
+CURVE = ("loss", "learning_rate", "gradient_norm", "cross_entropy", "accuracy")
+_MORE = "more/"
 Curve = dict[str, list[float]]
 
 
@@ -35,6 +36,7 @@ def save(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     curve: Curve,
+    more: Arrays | None = None,
 ) -> None:
     """Write a checkpoint in the main process, and drop all but the newest ones.
 
@@ -45,6 +47,7 @@ def save(
         module: its buffers are kept too.
         optimizer: its state.
         curve: of all steps so far.
+        more: arrays that `restore` returns.
     """
     if distributed.processes().is_main:
         arrays = {name: _array(p) for name, p in trained.items()}
@@ -54,6 +57,7 @@ def save(
             known = {kind: value for kind, value in state.items() if value is not None}
             arrays |= {f"optimizer/{kind}/{name}": _array(v) for kind, v in known.items()}
         arrays |= {f"curve/{name}": np.array(curve[name], dtype=np.float64) for name in CURVE}
+        arrays |= {f"{_MORE}{name}": array for name, array in (more or {}).items()}
         journal.write(step, arrays)
         for old in journal.numbers()[:-KEPT]:
             journal.drop(old)
@@ -67,8 +71,8 @@ def restore(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     curve: Curve,
-) -> int:
-    """Go back to the newest sound checkpoint, in every process, and return its steps; 0 if none.
+) -> tuple[int, Arrays]:
+    """Go back to the newest sound checkpoint, in every process.
 
     Args:
         journal: the folder.
@@ -76,13 +80,16 @@ def restore(
         module: its buffers are written to.
         optimizer: gets its state back.
         curve: is filled.
+
+    Returns:
+        its steps, 0 if there is none, and the further arrays that it was given.
     """
     found: tuple[int, Arrays] | None = None
     if distributed.processes().is_main:
         found = _newest(journal)
     step = distributed.gather(0 if found is None else found[0])[0]
     if step == 0:
-        return 0
+        return 0, {}
     arrays = journal.read(step) if found is None else found[1]
     assert arrays is not None
     for name, parameter in trained.items():
@@ -98,13 +105,16 @@ def restore(
             optimizer.state[parameter][kind] = _tensor(array, counter).to(counter.device)
     for name in CURVE:
         curve[name][:] = arrays[f"curve/{name}"].tolist()
-    return int(step)
+    return int(step), {
+        key.removeprefix(_MORE): array for key, array in arrays.items() if key.startswith(_MORE)
+    }
 
 
 def _newest(journal: Journal) -> tuple[int, Arrays] | None:
     for step in reversed(journal.numbers()):
         arrays = journal.read(step)
-        if arrays is not None:
+        # One of before the whole curve was kept does not count: training begins anew.
+        if arrays is not None and all(f"curve/{name}" in arrays for name in CURVE):
             return step, arrays
     return None
 

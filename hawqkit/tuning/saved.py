@@ -28,7 +28,7 @@ from hawqkit.models.fixed_scales import FixedScales
 from hawqkit.models.model import LoadedModel, own_state, with_values
 from hawqkit.quantize.rounding import round_into, scale_dtype_for
 from hawqkit.records import ActivationRanges, Allocation, Tuning
-from hawqkit.store import Arrays, read_arrays, read_record, write_arrays, write_record
+from hawqkit.store import Arrays, read_arrays, read_record, share, write_arrays, write_record
 from hawqkit.targets.folders import published
 from hawqkit.tuning.outcome import Tuned
 
@@ -54,8 +54,7 @@ def write_tuned(folder: Path, tuned: Tuned) -> None:
         }
         save_file(state, place / WEIGHTS, metadata={"format": "pt"})
         write_arrays(place / SCALES, _to_arrays(tuned.model.scales), {"tuned": tuned.record.tuned})
-        # safetensors gives its file to the owner alone, whatever the umask says.
-        (place / WEIGHTS).chmod((place / SCALES).stat().st_mode & 0o777)
+        share(place / WEIGHTS)
         if loose.facts.config and set(dtypes) == set(state):
             text = json.dumps(loose.facts.config, indent=2, sort_keys=True) + "\n"
             (place / CONFIG).write_text(text, encoding="utf-8")

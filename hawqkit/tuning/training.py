@@ -9,12 +9,15 @@ predictions in each, and stops where a branch of the network is not used.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from hawqkit import distributed
 from hawqkit.errors import NumericalError
@@ -26,6 +29,7 @@ from hawqkit.tuning.losses import counted_logits, summed_loss
 from hawqkit.tuning.order import Order
 from hawqkit.tuning.settings import TuneSettings, rate, step_count
 from hawqkit.tuning.student import Student
+from hawqkit.tuning.watching import Watch, watched_steps
 
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
@@ -45,6 +49,7 @@ class Trainer:
         device: that both networks lie on.
         journal: where checkpoints go, None for none.
         track: shows progress over steps.
+        watch: measures the loss on held-out data along the way, None for no such data.
     """
 
     student: Student
@@ -54,38 +59,68 @@ class Trainer:
     device: torch.device
     journal: Journal | None
     track: Track | None = None
+    watch: Watch | None = None
 
     def run(self) -> Curve:
-        """Make all steps that are left, and return loss, learning rate and gradient norm of each.
+        """Make all steps that are left, and return the curve over all of them.
 
         Raises:
             NumericalError: the loss or the gradient is not finite; says at which step, and which
                 checkpoint stands.
             DataError: a label lies outside the classes.
         """
-        rows = torch.nonzero(~self.data.withheld)[:, 0].tolist()
-        order = Order(rows, batch=self.settings.batch, seed=self.settings.seed)
-        if self.settings.learns_inputs and self.settings.start == "lsq":
-            self.student.begin_as_lsq(self.data, self._parts(order(0)))
-        trained = self.student.trained()
-        optimizer = make_optimizer(trained, self.settings)
-        curve, steps = new_curve(), step_count(self.settings, len(rows))
+        order, trained, optimizer = self._begin()
+        curve, steps = new_curve(), step_count(self.settings, len(order.rows))
         module = self.student.module
         done = 0
         if self.journal is not None:
-            done = restore(self.journal, trained, module, optimizer, curve)
+            done, kept = restore(self.journal, trained, module, optimizer, curve)
+            if self.watch is not None:
+                self.watch.restore(kept)
         if done == 0:
             self._settle(order)
+            self._watch(0, steps)
         left: Iterable[int] = range(done, steps)
         for step in self.track(left, "tune", steps - done) if self.track else left:
             self._step(step, steps, order(step), trained, optimizer, curve)
             last = step + 1 == steps
             if last or order.ends_epoch(step):
                 self._settle(order)
-            kept = last or (step + 1) % self.settings.checkpoint_every == 0
-            if self.journal is not None and kept:
-                save(self.journal, step + 1, trained, module, optimizer, curve)
+            self._watch(step + 1, steps)
+            due = last or (step + 1) % self.settings.checkpoint_every == 0
+            if self.journal is not None and due:
+                more = self.watch.to_arrays() if self.watch is not None else None
+                save(self.journal, step + 1, trained, module, optimizer, curve, more)
         return curve
+
+    def rehearse(self) -> tuple[float, float, float]:
+        """Return the seconds of batch norms, of a step, and of held-out data, each once.
+
+        Two steps are made, and the second is timed: the first also pays for fresh memory and the
+        state of the optimizer. The student is changed, nothing is written.
+        """
+        order, trained, optimizer = self._begin()
+        steps, curve = step_count(self.settings, len(order.rows)), new_curve()
+        clock = [time.perf_counter()]
+        self._settle(order)
+        clock.append(time.perf_counter())
+        self._step(0, steps, order(0), trained, optimizer, curve)
+        clock.append(time.perf_counter())
+        self._step(0, steps, order(1), trained, optimizer, curve)
+        clock.append(time.perf_counter())
+        self._watch(steps, steps)
+        clock.append(time.perf_counter())
+        settle, _, step, watch = (b - a for a, b in pairwise(clock))
+        return settle, step, watch
+
+    def _begin(self) -> tuple[Order, dict[str, nn.Parameter], torch.optim.Optimizer]:
+        """Return the order of examples, what is trained, and what trains it."""
+        rows = torch.nonzero(~self.data.withheld)[:, 0].tolist()
+        order = Order(rows, batch=self.settings.batch, seed=self.settings.seed)
+        if self.settings.learns_inputs and self.settings.start == "lsq":
+            self.student.begin_as_lsq(self.data, self._parts(order(0)))
+        trained = self.student.trained()
+        return order, trained, make_optimizer(trained, self.settings)
 
     def _step(
         self,
@@ -100,7 +135,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(rows)
+        loss, entropy, accuracy = self._loss(rows)
         self.student.pull()
         parameters = list(trained.values())
         distributed.sum_gradients(parameters)
@@ -113,23 +148,29 @@ class Trainer:
                     parameter.grad.mul_(self.settings.clip / norm)
         optimizer.step()
         self.student.hold()
-        for name, value in zip(curve, (loss, learning_rate, norm), strict=True):
+        values = (loss, learning_rate, norm, entropy, accuracy)
+        for name, value in zip(curve, values, strict=True):
             curve[name].append(value)
 
-    def _loss(self, rows: Sequence[int]) -> float:
-        """Return the mean loss of a batch over all processes; gradients gather in the student."""
+    def _loss(self, rows: Sequence[int]) -> tuple[float, float, float]:
+        """Return mean loss, cross-entropy and accuracy of a batch over all processes.
+
+        Gradients gather in the student.
+        """
         batches = [self.data.micro_batch(part) for part in self._parts(rows)]
         count = sum(int(batch.predicts.sum()) for batch in batches)
         self.student.round()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in distributed.processes().mine(batches):
             logits, labels = counted_logits(
                 predictions(self.student.module, batch, self.device), batch
             )
             loss = summed_loss(logits, labels, self._taught(batch), self.settings.distillation)
             torch.autograd.backward(loss / count)
-            total += loss.detach()
-        return float(distributed.reduce_sum(total)) / count
+            total += torch.stack([loss.detach().double(), *_judged(logits, labels)])
+        loss, entropy, right = (distributed.reduce_sum(total) / count).tolist()
+        # Without distillation both are one number, whatever the order of its sum.
+        return loss, entropy if self.teacher is not None else loss, right
 
     @torch.no_grad()
     def _taught(self, batch: Any) -> Tensor | None:
@@ -145,6 +186,12 @@ class Trainer:
             size = min(_EXAMPLES, max(1, _TOKENS // max(self.data.facts.length, 1)))
         size = min(size, share)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _watch(self, done: int, steps: int) -> None:
+        """Measure held-out data after so many steps, if it is time to."""
+        if self.watch is not None and done in watched_steps(steps):
+            self.student.round()
+            self.watch.measure(self.student.module, self.device, done)
 
     def _settle(self, order: Order) -> None:
         """Measure the statistics of batch norms again, if the settings say so."""
@@ -186,6 +233,13 @@ def make_optimizer(
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+@torch.no_grad()
+def _judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy with labels, and how many predictions are right."""
+    entropy = cross_entropy(logits, labels, reduction="sum").double()
+    return entropy, (logits.argmax(-1) == labels).sum().double()
 
 
 def _gradient_norm(parameters: Sequence[nn.Parameter]) -> float:

@@ -22,18 +22,25 @@ from hawqkit.journal import Journal
 from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.quantize.activations import refuse_other_model
-from hawqkit.records import ActivationRanges, Allocation, Tuning, TuningCurve, Validation
-from hawqkit.sensitivity.probing import MOST_EXAMPLES, untracked
+from hawqkit.records import (
+    ActivationRanges,
+    Allocation,
+    HeldOutLoss,
+    Tuning,
+    TuningCurve,
+    Validation,
+)
+from hawqkit.sensitivity.probing import untracked
 from hawqkit.store import fingerprint
 from hawqkit.tuning.outcome import Tuned, finish, learned_scales
 from hawqkit.tuning.saved import RECORD, fitted, load_tuned, write_tuned
 from hawqkit.tuning.settings import TuneSettings, step_count
 from hawqkit.tuning.student import Student
 from hawqkit.tuning.training import Track, Trainer
+from hawqkit.tuning.watching import Watch, batch_of
 from hawqkit.validation.validating import validate_mixes
 
 CHECKPOINTS = "checkpoints"
-_TOKENS = 1024  # of a forward pass of validation, so that logits stay small
 
 
 def tune(
@@ -65,7 +72,8 @@ def tune(
             brings its own.
         rounding: of scales that are not learned, where a bare mix is given: `nearest` or
             `searched`; an allocation brings its own.
-        held_out: name -> data on which the mix is measured before and after; the allocation only.
+        held_out: name -> data on which the mix is measured before and after, and its loss along the
+            way (on `watching.MOST` examples at most); with an allocation only.
         folder: keeps checkpoints and the result; None keeps nothing.
         track: shows progress, `(items, stage, total) -> items`.
 
@@ -95,9 +103,12 @@ def tune(
     finished = _finished(folder, facts, model, allocation)
     if finished is not None and _measured_on(finished, held_out):
         return finished
+    watch = Watch(held_out, batch_of(held_out)) if held_out else None
     tuned = finished or _trained(
-        model, layers, data, settings, activations, rounding, facts, folder, track
+        model, layers, data, settings, activations, rounding, facts, folder, track, watch
     )
+    if finished is not None:
+        tuned = replace(tuned, record=replace(tuned.record, held_out=_of(tuned.record, held_out)))
     if allocation is not None:
         tuned = replace(tuned, allocation=fitted(allocation, tuned.model, tuned.activations))
         seen = _compare(model, allocation, tuned, held_out, track) if held_out else None
@@ -120,6 +131,7 @@ def _trained(
     facts: dict[str, Any],
     folder: str | Path | None,
     track: Track | None,
+    watch: Watch | None,
 ) -> Tuned:
     """Train, and take the rounding into the weights."""
     examples = int((~data.withheld).sum())
@@ -134,6 +146,7 @@ def _trained(
         model.device,
         None if folder is None else _journal(folder, facts),
         track,
+        watch,
     ).run()
     moved, warnings = learned_scales(student)
     if settings.learns_inputs and not student.inputs:
@@ -152,6 +165,7 @@ def _trained(
         steps=step_count(settings, examples),
         curve=TuningCurve(**{name: tuple(values) for name, values in curve.items()}),
         learned=moved,
+        held_out=tuple(watch.found) if watch is not None else (),
         fingerprint=fingerprint(facts),
         warnings=warnings,
     )
@@ -168,14 +182,26 @@ def _compare(
     """Measure the mix before and after, in the main process, and tell all of them."""
     found = None
     if distributed.processes().is_main:
-        length = max(text.facts.length for text in texts.values())
-        batch = min(MOST_EXAMPLES, max(1, _TOKENS // length))
         alone = replace(allocation, baselines=())
         found = validate_mixes(
-            model, alone, texts, track=track or untracked, batch=batch, tuned=tuned.variant()
+            model,
+            alone,
+            texts,
+            track=track or untracked,
+            batch=batch_of(texts),
+            tuned=tuned.variant(),
         )
     result: Validation = distributed.gather(found)[0]
     return result
+
+
+def _of(record: Tuning, held_out: Mapping[str, Data] | None) -> tuple[HeldOutLoss, ...]:
+    """Return what a finished record knows of these very data."""
+    before = record.validation.texts if record.validation is not None else {}
+    same = {
+        n for n, d in (held_out or {}).items() if n in before and before[n].hash == d.facts.hash
+    }
+    return tuple(point for point in record.held_out if point.text in same)
 
 
 def _journal(folder: str | Path, facts: Mapping[str, Any]) -> Journal:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hawqkit.errors import InputError
+from hawqkit.errors import InputError, NumericalError, Unsupported
 from hawqkit.models.batch import Data
 from hawqkit.models.model import LoadedModel
 from hawqkit.records import (
@@ -15,6 +15,7 @@ from hawqkit.records import (
     Classification,
     Floats,
     Integers,
+    Linearized,
     Measured,
     Mix,
     ValidatedMix,
@@ -22,6 +23,7 @@ from hawqkit.records import (
 )
 from hawqkit.statistics import ratio
 from hawqkit.validation.classifying import classify
+from hawqkit.validation.linearized import linearized_kl, withheld_rows
 from hawqkit.validation.measuring import TokenResults, Track, Variant, measure_text
 
 CHOSEN, TUNED = "chosen", "tuned"
@@ -45,8 +47,10 @@ def validate_mixes(
         texts: name -> sequences or examples that the choice has not seen.
         track: shows progress.
         batch: sequences that go through the model together.
-        calibration: the labelled examples that chose; the loss on them, beside that on the others,
-            shows how far the data have shifted.
+        calibration: the data that chose. On what was withheld of them, every mix but the tuned one
+            is predicted with linear logits and measured beside that (`linearized_kl`). The loss of
+            labelled examples on which it was chosen, beside that on the others, shows how far the
+            data have shifted.
         tuned: the chosen mix after tuning, measured as one more mix, whose KL is to the original
             too.
 
@@ -56,8 +60,10 @@ def validate_mixes(
         accuracy, flips and confusion.
 
     Raises:
-        InputError: `calibration` has no labels.
+        InputError: `calibration` has neither labels nor withheld sequences.
     """
+    if calibration is not None:
+        _refuse_useless(calibration)
     chosen = Mix(
         CHOSEN,
         "what hawqkit chose",
@@ -73,9 +79,10 @@ def validate_mixes(
             chosen, name=TUNED, about="the chosen mix after tuning", prediction=None
         )
     variants = {} if tuned is None else {TUNED: tuned}
-    seen = None
-    if calibration is not None:
-        seen = _on_calibration(model, allocation, calibration, track=track, batch=batch)
+    seen = _on_calibration(model, allocation, calibration, track=track, batch=batch)
+    linear, warnings = _linearized(
+        model, allocation, untuned, calibration, track=track, batch=batch
+    )
     original: dict[str, tuple[float, float]] = {}
     measured: dict[str, dict[str, Measured]] = {name: {} for name in mixes}
     classification: dict[str, Classification] = {}
@@ -101,24 +108,63 @@ def validate_mixes(
         texts={name: text.facts for name, text in texts.items()},
         original=original,
         mixes=tuple(
-            ValidatedMix(m.name, m.about, m.totals, m.prediction, measured[m.name])
-            for m in mixes.values()
+            ValidatedMix(m.name, m.about, m.totals, m.prediction, measured[n], linear.get(n))
+            for n, m in mixes.items()
         ),
         allocation=allocation.sensitivities,
+        warnings=warnings,
         classification=classification,
         calibration=seen,
     )
 
 
-def _on_calibration(
-    model: LoadedModel, allocation: Allocation, data: Data, *, track: Track, batch: int
-) -> Classification:
-    """Return what the original and the chosen mix do with the examples that chose."""
-    if not data.facts.classes:
+def _refuse_useless(calibration: Data) -> None:
+    """Refuse data of which nothing is measured: no labels, and no sequence to predict on."""
+    if not calibration.facts.classes and not withheld_rows(calibration):
         raise InputError(
-            f"calibration: {data.facts.source} has no labels; the loss on what chose is measured "
-            "of classifiers alone. Leave it out for a language model."
+            f"calibration: {calibration.facts.source} has no labels, and no sequence of it was "
+            "withheld from choosing, so there is nothing to measure on it; withhold some, or leave "
+            "calibration out."
         )
+
+
+def _linearized(
+    model: LoadedModel,
+    allocation: Allocation,
+    mixes: Mapping[str, Mapping[str, str]],
+    data: Data | None,
+    *,
+    track: Track,
+    batch: int,
+) -> tuple[dict[str, Linearized], tuple[str, ...]]:
+    """Return what linear logits predict of each mix on the withheld rows, or why they cannot."""
+    found: dict[str, Linearized] = {}
+    warnings = []
+    if data is None or not withheld_rows(data):
+        return {}, ()
+    for name, mix in mixes.items():
+        try:
+            found[name] = linearized_kl(
+                model,
+                mix,
+                data,
+                rounding=allocation.rounding,
+                activations=allocation.activations,
+                batch=batch,
+                track=track,
+                stage=f"linearize {name}",
+            )
+        except (NumericalError, Unsupported) as error:
+            warnings.append(f"no prediction with linear logits of {name}: {error}")
+    return found, tuple(warnings)
+
+
+def _on_calibration(
+    model: LoadedModel, allocation: Allocation, data: Data | None, *, track: Track, batch: int
+) -> Classification | None:
+    """Return what the original and the chosen mix do with the examples that chose, by classes."""
+    if data is None or not data.facts.classes:
+        return None
     first, results = measure_text(
         model,
         {CHOSEN: allocation.layers},

@@ -1,0 +1,20 @@
+"""Load what AutoRound saved, and report it: `auto_round.py MODEL OUTPUT RESULT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from probing import packed_settings, report
+
+
+def main() -> None:
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent.resolve()]
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[2], device_map="cpu")
+    report(model, packed_settings(model), Path(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()
