@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 import shutil
+import stat
 import time
 from pathlib import Path
 
@@ -132,6 +134,17 @@ def test_converted_model_can_be_saved_because_the_marks_are_gone(written, cache,
     model = load_model(written[0])
     model.module.save_pretrained(tmp_path / "again")
     assert load_model(tmp_path / "again").facts.hash == model.facts.hash
+
+
+def test_the_cache_has_the_modes_that_the_umask_leaves(written, cache):
+    before = os.umask(0o027)
+    try:
+        load_model(written[0])
+    finally:
+        os.umask(before)
+    (folder,) = cache.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
 
 
 def test_cache_argument_wins_over_the_environment(written, cache, tmp_path):

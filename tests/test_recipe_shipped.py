@@ -21,6 +21,7 @@ from hawqkit.targets import TARGETS, find_target
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NAMES = (
     "hawq-v1", "hawq-v2", "hawq-v3", "llama", "minimal", "q-bert", "quickstart", "quickstart-small",
+    "gguf",
 )  # fmt: skip
 
 

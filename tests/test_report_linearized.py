@@ -33,22 +33,21 @@ def with_linearized(change: dict[str, object]) -> Validation:
     return replace(validation, mixes=(replace(first, linearized=linearized), *rest))
 
 
-def test_tables_hold_every_mix_with_its_figures_in_80_columns() -> None:
+def test_tables_hold_the_mix_with_its_figures_in_80_columns() -> None:
     run = case()
     text = shown(run.validation)
     assert max(cell_len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "withheld images" in text
-    for mix in run.validation.mixes:
-        one = mix.linearized
-        assert isinstance(one, Linearized)
-        for value in (
-            with_error(one.kl, one.kl_stderr),
-            with_error(one.parabolic, one.parabolic_stderr),
-            with_error(one.measured, one.measured_stderr),
-            with_error(one.ratio, one.ratio_stderr),
-            with_error(one.parabolic_ratio, one.parabolic_ratio_stderr),
-        ):
-            assert value in text
+    one = run.validation.mixes[0].linearized
+    assert isinstance(one, Linearized)
+    for value in (
+        with_error(one.kl, one.kl_stderr),
+        with_error(one.parabolic, one.parabolic_stderr),
+        with_error(one.measured, one.measured_stderr),
+        with_error(one.ratio, one.ratio_stderr),
+        with_error(one.parabolic_ratio, one.parabolic_ratio_stderr),
+    ):
+        assert value in text
 
 
 def test_the_sentence_parts_the_gap_and_says_what_it_cannot_tell() -> None:

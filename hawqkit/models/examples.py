@@ -160,7 +160,7 @@ def make_examples(
     4
     >>> targets = np.ones((4, 2), dtype=np.float32)
     >>> make_examples(np.zeros((4, 3)), targets=targets).micro_batch([0]).labels
-    torch.Size([1, 2])
+    tensor([[1., 1.]])
     """
     if (labels is None) == (targets is None):
         raise InputError(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from hawqkit.allocation import allocate_table
+from hawqkit.allocation.sizes import totals
 from hawqkit.costs import Meter, available_bytes
+from hawqkit.formats import NONE, parse_format
 from hawqkit.models import Data
 from hawqkit.pipeline.activations import rehearse_ranges
 from hawqkit.pipeline.choosing import size_tables
@@ -30,7 +31,7 @@ from hawqkit.recipe import Recipe
 from hawqkit.records import ActivationRanges, DataFacts, Layer, ModelFacts, Skipped
 from hawqkit.report.wording import duration, plural, significant
 from hawqkit.sensitivity.confidence import KlLimit
-from hawqkit.sensitivity.probing import Prober, weight_errors
+from hawqkit.sensitivity.probing import Prober
 from hawqkit.spectrum.rehearsing import rehearse_spectrum
 from hawqkit.tuning.rehearsing import Rehearsal, rehearse_tuning
 
@@ -107,7 +108,7 @@ def check(recipe: Recipe) -> CheckResult:
         layers=prober.layers,
         skipped=prober.skipped,
         texts={name: text.facts for name, text in texts.items()},
-        sizes=_sizes(recipe, inputs.model.facts, prober),
+        sizes=_sizes(recipe, inputs.model.facts, prober.layers),
         budgets=recipe.budget.limits(),
         kl_limit=recipe.budget.kl_limit(),
         predicted=estimate(
@@ -138,21 +139,19 @@ def check(recipe: Recipe) -> CheckResult:
 
 
 def _sizes(
-    recipe: Recipe, facts: ModelFacts, prober: Prober
+    recipe: Recipe, facts: ModelFacts, layers: Sequence[Layer]
 ) -> tuple[tuple[str, float, dict[str, int]], ...]:
-    """Return (format, bits per weight, target -> bytes) with every layer in that format."""
-    errors = weight_errors(prober.layers, recipe.formats, prober.errors)
+    """Return (format, bits per weight, target -> bytes) with every layer in that format.
+
+    Where misfits are `partial`, a layer that the format does not fit stays as it is stored.
+    """
     sizes = []
-    for column, name in enumerate(recipe.formats):
-        uniform = allocate_table(
-            prober.layers,
-            [name],
-            errors[:, [column]],
-            budgets={"bits_per_weight": 64.0},
-            runtime=recipe.runtime,
-            size_tables=size_tables(recipe.export, prober.layers, [name], facts),
-        )
-        sizes.append((name, uniform.totals.bits_per_weight, uniform.totals.size))
+    for name in recipe.formats:
+        form = parse_format(name)
+        mix = {x.name: name if form.fits(x.columns) else NONE.name for x in layers}
+        tables = size_tables(recipe.export, layers, tuple(dict.fromkeys(mix.values())), facts)
+        uniform = totals(layers, mix, tables)
+        sizes.append((name, uniform.bits_per_weight, uniform.size))
     return tuple(sizes)
 
 

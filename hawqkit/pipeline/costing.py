@@ -84,11 +84,11 @@ def estimate(
         tuning_seconds: tuning the mix, 0 where it is not asked for.
         calibration_tokens: those that chose, if validation measures the original and the chosen mix
             on them too.
-        withheld_tokens: those kept from choosing, on which validation linearizes every mix.
+        withheld_tokens: those kept from choosing, on which validation linearizes the chosen mix.
     """
     tokens = validation_tokens * (1 + mixes) + 2 * calibration_tokens
-    tokens += LINEARIZED_PASSES * mixes * withheld_tokens
-    rounded = mixes * (1 + (withheld_tokens > 0)) + (calibration_tokens > 0)
+    tokens += LINEARIZED_PASSES * withheld_tokens
+    rounded = mixes + (withheld_tokens > 0) + (calibration_tokens > 0)
     passes = tokens / max(batch_tokens, 1)
     seconds = {
         "load": load_seconds,

@@ -102,7 +102,8 @@ def upper_kl(kl: float, stderr: float, spread: float | None, limit: KlLimit) -> 
     if not math.isfinite(stderr):
         raise InputError(
             f"{limit} needs the standard error of the prediction, and a single document or cluster "
-            "has none: calibrate on data of several, or ask for confidence 0.5."
+            "has none: calibrate on data of several documents or clusters, or ask for "
+            "confidence 0.5."
         )
     return kl + z * math.hypot(spread * kl, stderr)
 

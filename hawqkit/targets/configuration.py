@@ -50,8 +50,8 @@ __all__ = [
     "MARK", "NOTE", "SCRIPT", "Consumer", "Entries", "Rule", "exact", "first_prefix",
     "first_search", "json_text", "kept_names", "last_glob", "mark_text", "marked",
     "module_names", "no_size", "no_size_table", "note_text", "problems_of", "quoted_glob",
-    "quoted_regex", "script", "sharing_problems", "verify", "would_fit", "write_all",
-    "write_configuration",
+    "quoted_regex", "range_problems", "script", "sharing_problems", "verify", "would_fit",
+    "write_all", "write_configuration",
 ]  # fmt: skip
 
 MARK = "hawqkit.json"
@@ -193,6 +193,21 @@ def sharing_problems(mix: Mapping[str, str], runtime: str) -> list[str]:
         f"and must share a format; allocate with `runtime: {runtime}`."
         for members in groups.values()
         if len({mix[m] for m in members}) > 1
+    ]
+
+
+def range_problems(allocation: Allocation) -> list[str]:
+    """Return the layers whose inputs were measured otherwise than the consumer rounds them."""
+    ranges = allocation.activations
+    if ranges is None or (ranges.mode == "dynamic" and ranges.symmetric):
+        return []
+    kind = "symmetric" if ranges.symmetric else "asymmetric"
+    return [
+        f"layer {name!r} in format {format_name!r}: its inputs were measured with {ranges.mode} "
+        f"{kind} ranges, and this target rounds them dynamically and symmetrically; set "
+        "`activations: {mode: dynamic, symmetric: true}` in the recipe."
+        for name, format_name in allocation.layers.items()
+        if parse_format(format_name).activation_bits is not None
     ]
 
 

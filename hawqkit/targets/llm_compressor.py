@@ -33,6 +33,7 @@ from hawqkit.targets.configuration import (
     no_size_table,
     problems_of,
     quoted_regex,
+    range_problems,
     sharing_problems,
     verify,
     write_all,
@@ -86,21 +87,6 @@ def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts)
     return problems_of(mix, layers, facts, capabilities())
 
 
-def _range_problems(allocation: Allocation) -> list[str]:
-    """Return the layers whose inputs were measured otherwise than the recipe rounds them."""
-    ranges = allocation.activations
-    if ranges is None or (ranges.mode == "dynamic" and ranges.symmetric):
-        return []
-    kind = "symmetric" if ranges.symmetric else "asymmetric"
-    return [
-        f"layer {name!r} in format {format_name!r}: its inputs were measured with {ranges.mode} "
-        f"{kind} ranges, and this recipe rounds them dynamically and symmetrically; set "
-        "`activations: {mode: dynamic, symmetric: true}` in the recipe."
-        for name, format_name in allocation.layers.items()
-        if parse_format(format_name).activation_bits is not None
-    ]
-
-
 def size_table(
     layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
 ) -> tuple[Integers, int]:
@@ -136,7 +122,7 @@ def write_from_facts(
         InputError: the folder holds something else; nothing is changed.
     """
     mix = allocation.layers
-    found = problems(mix, layers, facts) + _range_problems(allocation)
+    found = problems(mix, layers, facts) + range_problems(allocation)
     require(NAME, found or sharing_problems(mix, allocation.runtime))
     text = recipe_text(mix, layers, facts)
     wanted = {n: group(parse_format(f)) for n, f in mix.items() if f != "none"}

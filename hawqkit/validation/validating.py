@@ -47,8 +47,8 @@ def validate_mixes(
         texts: name -> sequences or examples that the choice has not seen.
         track: shows progress.
         batch: sequences that go through the model together.
-        calibration: the data that chose. On what was withheld of them, every mix but the tuned one
-            is predicted with linear logits and measured beside that (`linearized_kl`). The loss of
+        calibration: the data that chose. On what was withheld of them, the chosen mix is
+            predicted with linear logits and measured beside that (`linearized_kl`). The loss of
             labelled examples on which it was chosen, beside that on the others, shows how far the
             data have shifted.
         tuned: the chosen mix after tuning, measured as one more mix, whose KL is to the original
@@ -80,9 +80,7 @@ def validate_mixes(
         )
     variants = {} if tuned is None else {TUNED: tuned}
     seen = _on_calibration(model, allocation, calibration, track=track, batch=batch)
-    linear, warnings = _linearized(
-        model, allocation, untuned, calibration, track=track, batch=batch
-    )
+    linear, warnings = _linearized(model, allocation, calibration, track=track, batch=batch)
     original: dict[str, tuple[float, float]] = {}
     measured: dict[str, dict[str, Measured]] = {name: {} for name in mixes}
     classification: dict[str, Classification] = {}
@@ -108,7 +106,14 @@ def validate_mixes(
         texts={name: text.facts for name, text in texts.items()},
         original=original,
         mixes=tuple(
-            ValidatedMix(m.name, m.about, m.totals, m.prediction, measured[n], linear.get(n))
+            ValidatedMix(
+                m.name,
+                m.about,
+                m.totals,
+                m.prediction,
+                measured[n],
+                linear if n == CHOSEN else None,
+            )
             for n, m in mixes.items()
         ),
         allocation=allocation.sensitivities,
@@ -131,32 +136,31 @@ def _refuse_useless(calibration: Data) -> None:
 def _linearized(
     model: LoadedModel,
     allocation: Allocation,
-    mixes: Mapping[str, Mapping[str, str]],
     data: Data | None,
     *,
     track: Track,
     batch: int,
-) -> tuple[dict[str, Linearized], tuple[str, ...]]:
-    """Return what linear logits predict of each mix on the withheld rows, or why they cannot."""
-    found: dict[str, Linearized] = {}
-    warnings = []
+) -> tuple[Linearized | None, tuple[str, ...]]:
+    """Return what linear logits predict of the chosen mix, or why they cannot.
+
+    Of the others nobody asks why they lose what they lose, and each would take six more passes.
+    """
     if data is None or not withheld_rows(data):
-        return {}, ()
-    for name, mix in mixes.items():
-        try:
-            found[name] = linearized_kl(
-                model,
-                mix,
-                data,
-                rounding=allocation.rounding,
-                activations=allocation.activations,
-                batch=batch,
-                track=track,
-                stage=f"linearize {name}",
-            )
-        except (NumericalError, Unsupported) as error:
-            warnings.append(f"no prediction with linear logits of {name}: {error}")
-    return found, tuple(warnings)
+        return None, ()
+    try:
+        found = linearized_kl(
+            model,
+            allocation.layers,
+            data,
+            rounding=allocation.rounding,
+            activations=allocation.activations,
+            batch=batch,
+            track=track,
+            stage="linearize",
+        )
+    except (NumericalError, Unsupported) as error:
+        return None, (f"no prediction with linear logits: {error}",)
+    return found, ()
 
 
 def _on_calibration(
