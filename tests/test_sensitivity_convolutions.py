@@ -238,6 +238,9 @@ class Passing(nn.Conv2d):
 @pytest.mark.parametrize("kind", [Padding, Normalizing])
 def test_a_layer_whose_forward_does_something_else_is_refused(kind):
     net = Net(kind(3, 4, 3))
+    with torch.no_grad():  # inputs that are not zero, and a norm that is not one
+        net.stem.weight.fill_(1.0)
+        net.layer.weight.copy_(torch.linspace(-1, 1, 108).reshape(4, 3, 3, 3))
     model = wrap_model(net, name="net")
     with pytest.raises(Unsupported, match=f"layer layer is a {kind.__name__} whose forward"):
         probe(model, make_examples(torch.ones(2, 2, 6, 6), [0, 1], classes=CLASSES), FORMATS)
