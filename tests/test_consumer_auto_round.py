@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from consumer_cases import logits_with, run_consumer, texts
+from consumer_matrix import checked
 
 from hawqkit.formats import parse_format
 from hawqkit.quantize.rounding import dequantize, quantize_weight
@@ -24,6 +25,7 @@ def test_nearest_rounding_in_auto_round_is_ours(formats: tuple[str, ...], tmp_pa
         for name, f in chosen.items()
         for w in [made.weights[name].shape[1]]
     }
+    checked("auto-round", "widths")
     for name, format_ in chosen.items():
         weight = made.model.weight(name)
         ours = dequantize(
@@ -36,6 +38,7 @@ def test_nearest_rounding_in_auto_round_is_ours(formats: tuple[str, ...], tmp_pa
     ours_logits = logits_with(made.model, made.weights)
     # the consumer computes in float16: 2^-11 relative for each of some ten operations in a row
     assert (made.logits - ours_logits).abs().max() < 0.02 * ours_logits.abs().max()
+    checked("auto-round", "logits")
 
 
 def test_learned_rounding_keeps_the_mix(tmp_path: Path) -> None:
@@ -44,4 +47,5 @@ def test_learned_rounding_keeps_the_mix(tmp_path: Path) -> None:
     mix, made = run_consumer("auto-round", SYMMETRIC, tmp_path, *options)
     bits = {name: parse_format(f).bits for name, f in mix.items() if f != "none"}
     assert {name: entry["bits"] for name, entry in made.layers.items()} == bits
+    checked("auto-round", "widths")
     assert torch.isfinite(made.logits).all()

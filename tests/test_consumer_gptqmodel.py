@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from consumer_cases import logits_with, run_consumer, texts
+from consumer_matrix import checked
 
 from hawqkit.formats import parse_format
 
@@ -25,6 +26,7 @@ def test_every_layer_gets_its_format_and_the_forward_pass_is_ours(
         for name, f in chosen.items()
         for w in [made.weights[name].shape[1]]
     }
+    checked("gptqmodel", "widths")
     for name, format_ in chosen.items():
         assert format_.bits is not None
         weight = made.model.weight(name)
@@ -35,3 +37,4 @@ def test_every_layer_gets_its_format_and_the_forward_pass_is_ours(
     ours_logits = logits_with(made.model, made.weights)
     # its CPU kernel computes in float16: 2^-11 relative for each of some ten operations in a row
     assert (made.logits - ours_logits).abs().max() < 0.02 * ours_logits.abs().max()
+    checked("gptqmodel", "logits")

@@ -13,6 +13,7 @@ import numpy as np
 import pico
 import pytest
 import torch
+from consumer_matrix import checked
 from gguf_cases import TYPES, allocation, every_type, types_in
 from torch import Tensor
 
@@ -35,6 +36,7 @@ pytestmark = [
         not PYTHON.exists(), reason="no llama.cpp here: make it with `bash .ci/consumer llama.cpp`"
     ),
 ]
+TARGETS_HERE = ("gguf", "llama-quantize")  # of tests that are skipped
 TEXTS = [
     cases.TEXT, "Hello world", "  two spaces", "a\n\n b 12345 'll don't", " x", "日本", "",
     "<|im_start|>user\nhi<|im_end|>", "tabs\tand 3.14159",
@@ -95,7 +97,9 @@ def test_a_converted_model_is_read_tokenized_and_computed_alike(name: str, tmp_p
     assert seen == types_in(path)
     for layer, format_name in mix.items():
         assert seen[placed[layer]] == ("f32" if format_name == "none" else format_name), layer
+    checked("gguf", "written", "loaded", "widths")
     assert compare(model, mix, path, tokens) < 1e-3
+    checked("gguf", "logits")
 
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     theirs = llama_cpp("tokens", path, tmp_path / "texts.json")
@@ -113,6 +117,7 @@ def test_sentencepiece_s_kind_of_tokens_with_and_without_a_space_in_front(
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     theirs = llama_cpp("tokens", path, tmp_path / "texts.json")
     assert theirs == [model.tokenizer(text)["input_ids"] for text in texts]
+    checked("gguf")
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -133,6 +138,7 @@ def test_ggml_encodes_rows_to_the_same_bytes(name: str, weighted: bool, tmp_path
     llama_cpp("rows", name, tmp_path / "rows.npy", tmp_path / "packed.npy", *more)
     ours = encode_blocks(weight, parse_format(name), importance=importance).packed.numpy()
     assert np.array_equal(ours, np.load(tmp_path / "packed.npy"))
+    checked("gguf")
 
 
 def test_llama_quantize_makes_the_tensors_that_we_write_from_the_type_file(tmp_path: Path) -> None:
@@ -145,6 +151,7 @@ def test_llama_quantize_makes_the_tensors_that_we_write_from_the_type_file(tmp_p
     assert done["fallbacks"] == []
     ours = target.write(allocation(mix), tmp_path / "out", model)[0]
     assert types_in(made) == types_in(ours)
+    checked("llama-quantize", "written", "loaded", "widths")
     theirs = {t.name: t.data for t in gguf.GGUFReader(made).tensors}
     for tensor in gguf.GGUFReader(ours).tensors:
         assert np.array_equal(tensor.data, theirs[tensor.name]), tensor.name
@@ -176,6 +183,7 @@ def test_naive_type_files_go_wrong_without_a_word(tmp_path: Path) -> None:
         {"model.layers.0.mlp.up_proj": "q4_k"}, model.layers, model.facts
     )
     assert "256 does not divide" in refused[0]
+    checked("llama-quantize")
 
 
 def test_smollm2_from_its_own_file_in_a_mix_of_types(tmp_path: Path) -> None:
@@ -190,6 +198,7 @@ def test_smollm2_from_its_own_file_in_a_mix_of_types(tmp_path: Path) -> None:
     path = target.write(allocation(mix), tmp_path / "out", model)[0]
     written = sum(file.stat().st_size for file in path.parent.iterdir())
     assert written == target.size(mix, model.layers, model.facts)
+    checked("gguf", "size")
     pages = sorted((HOME / "docs").glob("*.md"))
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     # A KL of 5e-3 moves a token's loss by sqrt(2 KL) = 0.1, their mean over 2048 by 0.2 %.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from consumer_cases import logits_with, run_consumer
+from consumer_matrix import checked
 
 from hawqkit.formats import parse_format
 
@@ -20,6 +21,7 @@ def test_every_layer_gets_its_format_and_the_forward_pass_is_ours(tmp_path: Path
         name: {"bits": f.bits, "group_size": f.group_size, "inputs": None}
         for name, f in chosen.items()
     }
+    checked("llm-compressor", "widths")
     for name, format_ in chosen.items():
         if format_.element:
             continue
@@ -35,3 +37,4 @@ def test_every_layer_gets_its_format_and_the_forward_pass_is_ours(tmp_path: Path
     ours_logits = logits_with(made.model, made.weights)
     # the same float32 products
     assert (made.logits - ours_logits).abs().max() < 1e-4 * ours_logits.abs().max()
+    checked("llm-compressor", "logits")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from consumer_cases import logits_with, run_consumer
+from consumer_matrix import checked
 
 from hawqkit.formats import parse_format
 
@@ -19,6 +20,7 @@ def test_every_layer_gets_its_format_and_the_numbers_are_those_of_its_grid(tmp_p
     assert made.layers == {
         name: {"bits": f.bits, "group_size": f.group_size} for name, f in chosen.items()
     }
+    checked("modelopt", "widths")
     for name, format_ in chosen.items():
         if format_.element:
             continue
@@ -33,3 +35,4 @@ def test_every_layer_gets_its_format_and_the_numbers_are_those_of_its_grid(tmp_p
     ours_logits = logits_with(made.model, made.weights)
     # the same float32 products
     assert (made.logits - ours_logits).abs().max() < 1e-4 * ours_logits.abs().max()
+    checked("modelopt", "logits")

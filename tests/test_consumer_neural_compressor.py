@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from consumer_cases import logits_with, run_consumer
+from consumer_matrix import checked
 
 from hawqkit.formats import parse_format
 from hawqkit.quantize.rounding import dequantize, quantize_weight
@@ -23,6 +24,7 @@ def test_nearest_rounding_in_neural_compressor_is_ours(tmp_path: Path) -> None:
         for name, f in chosen.items()
         for w in [made.weights[name].shape[1]]
     }
+    checked("neural-compressor", "widths")
     for name, format_ in chosen.items():
         weight = made.model.weight(name)
         ours = dequantize(
@@ -34,3 +36,4 @@ def test_nearest_rounding_in_neural_compressor_is_ours(tmp_path: Path) -> None:
     ours_logits = logits_with(made.model, made.weights)
     # the same float32 products in another order
     assert (made.logits - ours_logits).abs().max() < 1e-4 * ours_logits.abs().max()
+    checked("neural-compressor", "logits")

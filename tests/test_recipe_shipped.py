@@ -21,8 +21,7 @@ from hawqkit.targets import TARGETS, find_target
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NAMES = (
     "hawq-v1", "hawq-v2", "hawq-v3", "llama", "minimal", "q-bert", "quickstart", "quickstart-small",
-    "gguf",
-)  # fmt: skip
+    "gguf", "vllm")  # fmt: skip
 
 
 def test_the_schema_for_editors_is_that_of_the_code() -> None:
@@ -40,7 +39,9 @@ def test_the_schema_lists_every_name_and_refuses_unknown_keys() -> None:
     listed, pattern = properties["formats"]["items"]["anyOf"]
     assert listed["enum"] == [*format_names(), *pair_names()]
     assert re.fullmatch(pattern["pattern"], "int4-g64-asym-a8")
-    assert properties["export"]["items"]["enum"] == list(TARGETS)
+    listed, pattern = properties["export"]["items"]["anyOf"]
+    assert listed["enum"] == list(TARGETS)
+    assert re.fullmatch(pattern["pattern"], "of-another.package_2")
     assert properties["runtime"]["enum"] == list(RUNTIMES)
     score = schema["$defs"]["SensitivitySection"]["properties"]["score"]
     assert score["enum"] == list(score_names())

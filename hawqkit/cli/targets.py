@@ -13,16 +13,23 @@ if TYPE_CHECKING:
 @click.command()
 def targets() -> None:
     """List the targets, who reads them, and which formats and layers each can hold."""
-    from hawqkit.targets import TARGETS, find_target
+    from hawqkit.errors import InputError
+    from hawqkit.targets import find_target, ignored_plugins, target_names
 
-    for name in TARGETS:
-        target = find_target(name)
+    for name in target_names():
+        try:
+            target = find_target(name)
+        except InputError as error:  # of another package: the others are listed all the same
+            click.echo(f"warning: {error}", err=True)
+            continue
         readers = ", ".join(target.RUNTIMES) or "anything that reads JSON"
         sized = "can be limited by budget.size" if target.SIZED else "has no size to limit"
         click.echo(f"{name}: {target.ABOUT}")
         click.echo(f"  read by {readers}; {sized}")
         for line in (*held_formats(target), *held_layers(target)):
             click.echo(f"  {line}")
+    for sentence in ignored_plugins():
+        click.echo(f"warning: {sentence}", err=True)
 
 
 def held_formats(target: Target) -> list[str]:

@@ -43,6 +43,7 @@ from hawqkit.recipe.values import (
     distinct,
     distinct_formats,
     distinct_numbers,
+    is_sized,
     parse_kl_limit,
     parse_latency,
 )
@@ -359,7 +360,7 @@ class Recipe(Section):
 
     def counted_target(self) -> str:
         """Return the target whose bytes `size` counts: as asked, or the first that has a size."""
-        sized = [name for name in self.export if name in SIZED_TARGETS]
+        sized = [name for name in self.export if is_sized(name)]
         return self.size_target or (sized[0] if sized else SIZED_TARGETS[0])
 
     def resolved_yaml(self) -> str:

@@ -21,7 +21,8 @@ from hawqkit.recipe.problems import unknown_name
 from hawqkit.runtimes import RUNTIMES
 from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 from hawqkit.sensitivity.scores import score_names
-from hawqkit.targets import TARGETS
+from hawqkit.targets import TARGETS, find_target, target_names
+from hawqkit.targets.plugins import PLAIN_NAME, find_plugins
 
 BUILTIN = "builtin"  # the source that ships with the package
 HELD_OUT = "held-out"  # the name of the held-out text among those that validation measures on
@@ -127,6 +128,37 @@ def _enum(names: Sequence[str]) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "enum": list(names)})
 
 
+def _enum_or_plugin(names: Sequence[str]) -> WithJsonSchema:
+    """Let editors complete the built-in targets, and take those of other packages."""
+    choices = [{"enum": list(names)}, {"pattern": f"^{PLAIN_NAME}$"}]
+    return WithJsonSchema({"type": "string", "anyOf": choices})
+
+
+def _target(name: str) -> str:
+    """Accept a target that is built in, or of another package and sound."""
+    if name in TARGETS:
+        return name
+    plugins = find_plugins(TARGETS)
+    if name not in {**plugins.targets, **plugins.clashes}:
+        raise unknown_name("target", name, target_names())
+    try:
+        find_target(name)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def is_sized(name: str) -> bool:
+    """Whether a target's bytes can be limited; asks a target of another package itself."""
+    return name in SIZED_TARGETS or (name not in TARGETS and find_target(name).SIZED)
+
+
+def _sized_target(name: str) -> str:
+    if name not in target_names() or not is_sized(_target(name)):
+        raise unknown_name("target of which a size is known", name, SIZED_TARGETS)
+    return name
+
+
 def _format(name: str) -> str:
     try:
         return parse_format(name).name
@@ -221,9 +253,7 @@ CurvatureScoreName = Annotated[
     _enum(CURVATURE_SCORES),
 ]
 RuntimeName = Annotated[StrictStr, AfterValidator(_one_of("runtime", _RUNTIMES)), _enum(_RUNTIMES)]
-TargetName = Annotated[StrictStr, AfterValidator(_one_of("target", _TARGETS)), _enum(_TARGETS)]
+TargetName = Annotated[StrictStr, AfterValidator(_target), _enum_or_plugin(_TARGETS)]
 SizedTargetName = Annotated[
-    StrictStr,
-    AfterValidator(_one_of("target of which a size is known", SIZED_TARGETS)),
-    _enum(SIZED_TARGETS),
+    StrictStr, AfterValidator(_sized_target), _enum_or_plugin(SIZED_TARGETS)
 ]

@@ -150,6 +150,11 @@ def _layer_problems(layer: Layer, format: Format, stored: set[str], dtype: str) 
             "its module is a Conv1D, which compressed-tensors passes over without a word, so the "
             f"weight would be missing; {keep}."
         )
+    elif layer.kind in ("convolution", "transposed-convolution"):
+        found.append(
+            f"its module is a {layer.kind}, which compressed-tensors passes over without a word, "
+            f"so that its weight would be random; {keep}."
+        )
     elif layer.kind == "embedding":
         found.append(
             f"it is an embedding{' tied to ' + ', '.join(layer.tied) if layer.tied else ''}, and "

@@ -113,7 +113,10 @@ def problems_of(
             found += _layer_problems(known[name], parse_format(format_name), can)
     if can.shares is not None:
         found += sharing_problems(mix, can.shares)
-    return found + ([] if can.mixed else _one_format_problems(mix))
+    if not can.mixed:
+        sound = {n: f for n, f in mix.items() if choice_problem(n, f, known) is None}
+        found += _one_format_problems({n: f for n, f in sound.items() if can.hold(parse_format(f))})
+    return found
 
 
 def _layer_problems(layer: Layer, format: Format, can: Capabilities) -> list[str]:

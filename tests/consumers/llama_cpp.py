@@ -23,7 +23,9 @@ import numpy as np
 
 FOLDER = Path(sys.prefix) / "npm" / "package" / "bins" / "linux-x64"
 F32 = 0
-FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "Q2_K": 10}
+FILE_TYPES = {
+    "Q4_0": 2, "Q8_0": 7, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17, "IQ4_XS": 30,
+}  # fmt: skip
 
 
 class Batch(ctypes.Structure):

@@ -1,0 +1,147 @@
+"""OpenVINO: `openvino.json`, passes of NNCF's `compress_weights` in the order in which they run.
+
+    [{"mode": "int8_sym", "group_size": -1, "layers": [...]},
+     {"mode": "int4_asym", "group_size": 64, "layers": ["model.layers.0.mlp.up_proj", ...]}]
+
+A pass compresses whatever is not ignored, so `apply.py` ignores the nodes of all other layers, by
+their exact names. NNCF 3.4 runs them in the order 8, 4, 2, 3 bits, and asks for one mode, width and
+group a pass. Layers are found by the names that OpenVINO gives to what it traces,
+`__module.<layer>/aten::linear/MatMul`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hawqkit.formats import Format, parse_format
+from hawqkit.records import Allocation, Integers, Layer, ModelFacts
+from hawqkit.targets.configuration import (
+    Consumer,
+    exact,
+    json_text,
+    module_names,
+    no_size,
+    no_size_table,
+    problems_of,
+    sharing_problems,
+    verify,
+    write_all,
+)
+from hawqkit.targets.contract import Capabilities, IntegerFormats, require
+
+if TYPE_CHECKING:
+    from hawqkit.models.model import LoadedModel
+
+NAME = "openvino"
+ABOUT = "openvino.json for NNCF, with a script that compresses an OpenVINO model"
+RUNTIMES: tuple[str, ...] = ("openvino",)
+SIZED = False
+
+FILE = "openvino.json"
+ORDER = (8, 4, 2, 3)
+
+CONSUMER = Consumer(
+    title="NNCF",
+    requirement="nncf==3.4.0",
+    rounding="to the nearest value of the same grid, with scales that are stored in float16 once "
+    "the codes are made",
+    agrees=("nearest",),
+    more="MODEL is a folder of `save_pretrained`, or of an OpenVINO model as `optimum-cli export "
+    "openvino`\nwrites it (`openvino_model.xml`), which then keeps its cache. Load the output so:\n"
+    "```python\n"
+    "import openvino\n\n"
+    'model = openvino.Core().compile_model("PATH/TO/OUTPUT/openvino_model.xml", "CPU")\n'
+    "```",
+)
+
+
+def capabilities() -> Capabilities:
+    """Return the modes of NNCF: 8 bits by row, others by group."""
+    groups = (32, 64, 128, None)
+    return Capabilities(
+        integers=(
+            IntegerFormats((8,), (None,), symmetric=(True, False)),
+            IntegerFormats((4,), groups, symmetric=(True, False)),
+            IntegerFormats((2, 3), groups),
+        )
+    )
+
+
+def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
+    """Return everything that the target cannot hold, each with the layer and what would fit."""
+    return problems_of(mix, layers, facts, capabilities())
+
+
+def size_table(
+    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
+) -> tuple[Integers, int]:
+    """Refuse: the file holds names, no weights.
+
+    Raises:
+        Unsupported: always.
+    """
+    return no_size_table(NAME)
+
+
+def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
+    """Refuse: the file holds names, no weights.
+
+    Raises:
+        Unsupported: always.
+    """
+    raise no_size(NAME)
+
+
+def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
+    """Write configuration, script and note; see `contract.Target.write`."""
+    return write_from_facts(allocation, folder, model.layers, model.facts)
+
+
+def write_from_facts(
+    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
+) -> list[Path]:
+    """Write configuration, script and note where the model itself is not loaded.
+
+    Raises:
+        Unsupported: the target cannot hold the mix; nothing is written.
+        InputError: the folder holds something else; nothing is changed.
+    """
+    mix = allocation.layers
+    found = problems(mix, layers, facts)
+    require(NAME, found or sharing_problems(mix, allocation.runtime))
+    text = json_text(passes(mix))
+    entries = [
+        (name, {k: v for k, v in made.items() if k != "layers"})
+        for made in json.loads(text)
+        for name in made["layers"]
+    ]
+    wanted = {n: settings(parse_format(f)) for n, f in mix.items() if f != "none"}
+    verify(NAME, entries, exact, module_names(layers, facts), wanted)
+    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+
+
+def settings(format: Format) -> dict[str, Any]:
+    """Return the arguments of one pass.
+
+    >>> settings(parse_format("int4-g64-asym"))
+    {'mode': 'int4_asym', 'group_size': 64}
+    """
+    symmetry = "sym" if format.symmetric else "asym"
+    return {"mode": f"int{format.bits}_{symmetry}", "group_size": format.group_size or -1}
+
+
+def passes(mix: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the passes in the order in which NNCF takes them.
+
+    >>> [made["mode"] for made in passes({"a": "int3-g64", "b": "int8-channel", "c": "int2-g64"})]
+    ['int8_sym', 'int2_sym', 'int3_sym']
+    """
+    members: dict[str, list[str]] = {}
+    for name, format_name in mix.items():
+        if format_name != "none":
+            members.setdefault(format_name, []).append(name)
+    ordered = sorted(members, key=lambda f: ORDER.index(parse_format(f).bits or 0))
+    return [{**settings(parse_format(f)), "layers": members[f]} for f in ordered]
