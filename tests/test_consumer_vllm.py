@@ -195,10 +195,6 @@ def run_mix(blocks: tuple[tuple[str, ...], ...], folder: Path, dtype: str, step:
     assert simulated < 2e-5
     # while the quantization itself is no such small thing
     assert mean_kl(original, theirs) > 20 * simulated
-    print(
-        f"KL {apart:.2e} from transformers, {simulated:.2e} from hawqkit's simulation, "
-        f"{mean_kl(original, theirs):.2e} from the original; gaps {first_gaps(loaded, prompts, json.loads((result / 'continuations.json').read_text()))}"
-    )
 
     answers = json.loads((result / "continuations.json").read_text())
     assert [len(answer) for answer in answers] == [ANSWER] * PROMPTS
