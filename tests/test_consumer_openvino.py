@@ -13,7 +13,7 @@ from hawqkit.quantize.stored import rounded_values
 pytestmark = pytest.mark.targets
 
 FORMATS = ("int8-channel", "int4-g64-asym", "int3-g128", "none", "int2-g64", "int4-channel",
-           "int8-channel-asym")  # fmt: skip
+           "int2-g32", "int8-channel-asym")  # fmt: skip
 
 
 def type_of(format: Format) -> str:

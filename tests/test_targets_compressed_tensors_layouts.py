@@ -105,3 +105,19 @@ def test_formats_without_a_layout_are_refused_with_what_fits() -> None:
     capable = compressed_tensors.capabilities()
     assert {"int3-g64", "nvfp4", "fp8-e4m3-tensor"} <= set(capable.formats())
     assert "nf4-g64" not in capable.formats()
+
+
+def test_shapes_that_vllm_has_no_four_bit_kernel_for_on_a_cpu_are_refused(tmp_path: Path) -> None:
+    narrow = pico.llama(hidden=64, intermediate=80)  # fused, gate and up have 160 rows
+    pico.save(tmp_path / "source", narrow)
+    model = load_model(str(tmp_path / "source"))
+    block = "model.layers.0.mlp"
+    fused = {f"{block}.gate_proj": "int4-g32", f"{block}.up_proj": "int4-g32"}
+    for_vllm = replace(allocation(fused), runtime="vllm-cpu")
+    assert compressed_tensors.write(for_vllm, tmp_path / "fits", model)
+    wide = {**fused, f"{block}.down_proj": "int4-channel"}
+    for_vllm = replace(allocation(wide), runtime="vllm-cpu")
+    with pytest.raises(Unsupported, match=r"down_proj.* in multiples of 32, not 64 x 80"):
+        compressed_tensors.write(for_vllm, tmp_path / "out", model)
+    assert not (tmp_path / "out").exists()
+    assert compressed_tensors.write(allocation(wide), tmp_path / "out", model)

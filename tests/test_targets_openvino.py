@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from configuration_cases import allocation, model
 
+from hawqkit.errors import Unsupported
 from hawqkit.targets import openvino
 
 
@@ -20,3 +22,12 @@ def test_passes_go_from_8_bits_to_4_to_2_to_3_and_name_each_layer_once(tmp_path:
         {"mode": "int2_sym", "group_size": -1, "layers": ["c"]},
         {"mode": "int3_sym", "group_size": 64, "layers": ["a", "f"]},
     ]
+
+
+def test_a_second_format_of_3_bits_is_refused_which_nncf_would_not_take(tmp_path: Path) -> None:
+    mix = {"a": "int3-g64", "b": "int3-channel", "c": "int3-g64", "d": "int2-g64", "e": "int2-g32"}
+    layers, facts = model(tuple(mix))
+    with pytest.raises(Unsupported, match=r"1 problem\n.*'b'.*'int3-g64' or another width fits"):
+        openvino.write_from_facts(allocation(mix), tmp_path / "out", layers, facts)
+    mix["b"] = "int3-g64"
+    assert openvino.write_from_facts(allocation(mix), tmp_path / "out", layers, facts)

@@ -23,12 +23,14 @@ from hawqkit import __version__
 from hawqkit.errors import Unsupported
 from hawqkit.formats import Format, parse_format
 from hawqkit.records import Allocation, Integers, Layer, ModelFacts, Tensor
+from hawqkit.runtimes import group_key
 from hawqkit.targets.compressed_tensors_layouts import (
     FLOATS,
     MIXED,
     W8A8,
     format_problem,
     input_problem,
+    kernel_problem,
     layout_of,
     packed,
     scheme,
@@ -230,7 +232,7 @@ def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path
     from hawqkit.targets.compressed_tensors_writer import write_checkpoint
 
     require(NAME, problems(allocation.layers, model.layers, model.facts))
-    require(NAME, _input_problems(allocation))
+    require(NAME, _input_problems(allocation) + _kernel_problems(allocation, model.layers))
     return write_checkpoint(allocation, Path(folder), model)
 
 
@@ -242,6 +244,20 @@ def _input_problems(allocation: Allocation) -> list[str]:
         return []
     wrong = input_problem(ranges.mode, ranges.symmetric)
     return [] if wrong is None else [f"inputs of {len(rounds)} layers: {wrong}"]
+
+
+def _kernel_problems(allocation: Allocation, layers: Sequence[Layer]) -> list[str]:
+    """Return which layers the runtime's kernels have no shape for; fused layers count as one."""
+    rows: Counter[str] = Counter()
+    for layer in layers:
+        rows[group_key(layer.name, allocation.runtime)] += layer.rows
+    found = []
+    for layer, format_ in quantized_layers(allocation.layers, layers):
+        together = rows[group_key(layer.name, allocation.runtime)]
+        problem = kernel_problem(format_, together, layer.columns, allocation.runtime)
+        if problem is not None:
+            found.append(f"layer {layer.name!r} in format {format_.name!r}: {problem}")
+    return found
 
 
 def write_from_facts(

@@ -175,3 +175,24 @@ def input_problem(mode: str, symmetric: bool) -> str | None:
         f"{'' if symmetric else ' with a zero point'}; set activations: {{mode: dynamic, "
         "symmetric: true}."
     )
+
+
+def kernel_problem(format: Format, rows: int, columns: int, runtime: str) -> str | None:
+    """Return why a runtime has no kernel for a weight of this shape, None where it has.
+
+    Args:
+        format: that the runtime has a kernel for.
+        rows: of the matrix that the runtime multiplies with, fused layers together.
+        columns: of it.
+        runtime: its profile's name.
+
+    >>> from hawqkit.formats import parse_format
+    >>> kernel_problem(parse_format("int4-channel"), 48, 64, "vllm-cpu").partition(";")[0]
+    "vLLM's 4-bit kernel for CPUs takes rows and columns in multiples of 32, not 48 x 64"
+    """
+    if runtime != "vllm-cpu" or layout_of(format) != PACKED or not (rows % 32 or columns % 32):
+        return None
+    return (
+        f"vLLM's 4-bit kernel for CPUs takes rows and columns in multiples of 32, not {rows} x "
+        f"{columns}; use {W8A8!r} or keep it ('none')."
+    )

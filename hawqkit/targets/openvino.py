@@ -4,9 +4,9 @@
      {"mode": "int4_asym", "group_size": 64, "layers": ["model.layers.0.mlp.up_proj", ...]}]
 
 A pass compresses whatever is not ignored, so `apply.py` ignores the nodes of all other layers, by
-their exact names. NNCF 3.4 runs them in the order 8, 4, 2, 3 bits, and asks for one mode, width and
-group a pass. Layers are found by the names that OpenVINO gives to what it traces,
-`__module.<layer>/aten::linear/MatMul`.
+their exact names. A pass has one mode and one group size. NNCF 3.4 takes no pass over a model that
+has weights of 3 bits already: so those come last, and a mix has one format of 3 bits. Layers are
+found by the names that OpenVINO gives to what it traces, `__module.<layer>/aten::linear/MatMul`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,19 @@ def capabilities() -> Capabilities:
 
 def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
     """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
+    found = problems_of(mix, layers, facts, capabilities())
+    threes: dict[str, list[str]] = {}
+    for name, format_name in mix.items():
+        if format_name in capabilities().formats() and parse_format(format_name).bits == 3:
+            threes.setdefault(format_name, []).append(name)
+    most = max(threes, key=lambda f: len(threes[f]), default="")
+    return found + [
+        f"layer {name!r} in format {format_name!r}: NNCF takes no second pass of 3 bits, and most "
+        f"layers of 3 bits have {most!r} here; {most!r} or another width fits."
+        for format_name, names in threes.items()
+        if format_name != most
+        for name in names
+    ]
 
 
 def size_table(

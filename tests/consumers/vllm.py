@@ -85,11 +85,13 @@ def main() -> None:
     greedy = SamplingParams(
         max_tokens=asked["new_tokens"], temperature=0, detokenize=False, ignore_eos=True
     )
-    scored = [llm.generate([p], score, use_tqdm=False)[0].prompt_logprobs for p in prompts]
+    scored = []
+    for prompt in prompts:  # a vocabulary of logarithms for each token: arrays take a tenth of it
+        flat = llm.generate([prompt], score, use_tqdm=False)[0].prompt_logprobs
+        scored.append(logprobs_of(flat, vocabulary))
     answers = llm.generate(prompts, greedy, use_tqdm=False)
     result.mkdir(parents=True, exist_ok=True)
-    found = np.stack([logprobs_of(flat, vocabulary) for flat in scored])
-    tensors = {"logprobs": torch.from_numpy(found)}
+    tensors = {"logprobs": torch.from_numpy(np.stack(scored))}
     tensors |= {f"weight.{n}": w for n, (_, w) in layers.items() if w is not None}
     save_file(tensors, result / "tensors.safetensors")
     (result / "layers.json").write_text(json.dumps({n: s for n, (s, _) in layers.items()}))
