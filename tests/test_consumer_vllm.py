@@ -222,7 +222,7 @@ def test_four_bits_w8a8_and_bfloat16_mixed_run_in_vllm_as_they_were_measured(
 ) -> None:
     needs_avx512()
     # float16, since there is no 4-bit kernel for float32: half a unit of 11 bits, twice. `near` is
-    # not derived: 5.7e-5 was measured where float32 gives 1.1e-5. Inputs in float16 are off by up to
-    # 127 / 2^12 steps of their grid, so that some get another code; that this is all of it was not
-    # shown apart.
+    # not derived: 5.7e-5 was measured where float32 gives 1.1e-5. Inputs in float16 are off by up
+    # to 127 / 2^12 steps of their grid, so that some get another code; that this is all of it was
+    # not shown apart.
     run_mix(MIXED, tmp_path, "float16", step=2**-10, near=1e-4)
