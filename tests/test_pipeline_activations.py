@@ -135,7 +135,14 @@ def test_check_rehearses_the_calibration(here: Path) -> None:
         (["formats=[w4a8, int4-channel-a8]"], "w4a8 and int4-channel-a8 are one format"),
         (["formats=[w4a16]"], "inputs are quantized to 2, 3, 4, 5, 6, 8 bits"),
         (["sensitivity.score=hessian-trace"], "knows the errors of weights alone"),
-        (["export=[compressed-tensors]"], "use that or 'int4-channel', or export 'bits'"),
+        (
+            ["export=[compressed-tensors]", "activations={mode: dynamic, symmetric: true}"],
+            "use that or 'int4-channel', or export 'bits'",
+        ),
+        (
+            ["export=[compressed-tensors]", "formats=[w8a8, int4-g32]"],
+            "write activations: {mode: dynamic, symmetric: true}",
+        ),
     ],
 )
 def test_wrong_recipes_are_refused(here: Path, changes: list[str], words: str) -> None:

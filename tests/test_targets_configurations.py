@@ -15,8 +15,9 @@ from configuration_cases import allocation, model
 
 from hawqkit.errors import InputError, Unsupported
 from hawqkit.formats import parse_format
-from hawqkit.targets import TARGETS, Target, configuration, find_target
-from hawqkit.targets.configuration import MARK, NOTE, SCRIPT, verify
+from hawqkit.targets import TARGETS, Target, configuration, find_target, matching
+from hawqkit.targets.configuration import MARK, NOTE, SCRIPT
+from hawqkit.targets.matching import verify
 
 SCRIPTS = Path(configuration.__file__).parent / "scripts"
 SCRIPTED = [name for name in TARGETS if (SCRIPTS / f"{name.replace('-', '_')}.py").is_file()]
@@ -220,9 +221,9 @@ def test_the_note_says_for_which_rounding_the_prediction_holds(name: str, tmp_pa
 
 
 NAIVE = {
-    "first_prefix": (configuration.first_prefix, "model.layers.1", "model.layers.11"),
-    "first_search": (configuration.first_search, "layers.1", "model.layers.1"),
-    "last_glob": (configuration.last_glob, "x[0]", "x0"),
+    "first_prefix": (matching.first_prefix, "model.layers.1", "model.layers.11"),
+    "first_search": (matching.first_search, "layers.1", "model.layers.1"),
+    "last_glob": (matching.last_glob, "x[0]", "x0"),
 }
 
 
@@ -233,18 +234,18 @@ def test_verify_refuses_the_naive_pattern(rule: str) -> None:
     with pytest.raises(Unsupported, match="would get"):
         verify("test", [(naive, {"bits": 4})], decide, [naive, other], wanted)
     quoted = (
-        configuration.quoted_glob(naive) if rule == "last_glob"
-        else configuration.quoted_regex(naive)
+        matching.quoted_glob(naive) if rule == "last_glob"
+        else matching.quoted_regex(naive)
     )  # fmt: skip
     verify("test", [(quoted, {"bits": 4})], decide, [naive, other], wanted)
 
 
 def test_verify_refuses_a_module_that_is_not_named_and_one_that_should_not_be() -> None:
-    verify("test", [("a", 4)], configuration.exact, ["a", "b"], {"a": 4})
+    verify("test", [("a", 4)], matching.exact, ["a", "b"], {"a": 4})
     with pytest.raises(Unsupported, match="'b'"):
-        verify("test", [("a", 4)], configuration.exact, ["a", "b"], {"a": 4, "b": 4})
+        verify("test", [("a", 4)], matching.exact, ["a", "b"], {"a": 4, "b": 4})
     with pytest.raises(Unsupported, match="'a'"):
-        verify("test", [("a", 4)], configuration.exact, ["a", "b"], {})
+        verify("test", [("a", 4)], matching.exact, ["a", "b"], {})
 
 
 def test_file_names_are_plain(tmp_path: Path) -> None:

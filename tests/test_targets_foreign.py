@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pico
 import pytest
+from safetensors.numpy import save_file
 from test_targets_compressed_tensors import allocation
 
 from hawqkit.errors import InputError, Unsupported
@@ -29,13 +31,6 @@ def read(
 ) -> Any:
     (folder / name).write_text(json.dumps(config))
     return read_foreign(folder, model.layers, model.facts)
-
-
-def all_linear(model: LoadedModel, format_name: str) -> dict[str, str]:
-    return {
-        x.name: format_name if x.kind == "linear" and x.name != "lm_head" else "none"
-        for x in model.layers
-    }
 
 
 def test_what_the_compressed_tensors_target_writes_is_read_again(
@@ -107,20 +102,26 @@ def test_auto_round_awq_bitsandbytes_and_mlx(model: LoadedModel, tmp_path: Path)
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
               "llm_int8_skip_modules": ["down_proj"]}  # fmt: skip
     found = read(model, tmp_path, {"quantization_config": config}).layers
-    assert (found[UP], found[DOWN], found["lm_head"]) == ("nf4-g64", "none", "none")
+    assert (found[UP], found[DOWN], found["lm_head"]) == ("nf4-g64", "none", "nf4-g64")
+    del config["llm_int8_skip_modules"]  # without a list the head stays
+    found = read(model, tmp_path, {"quantization_config": config}).layers
+    assert (found[UP], found[DOWN], found["lm_head"]) == ("nf4-g64", "nf4-g64", "none")
     config = {"group_size": 32, "bits": 4, "mode": "affine", UP: {"bits": 8, "group_size": 64},
               DOWN: False, Q: {"mode": "mxfp4", "bits": 4, "group_size": 32}}  # fmt: skip
     found = read(model, tmp_path, {"quantization": config}).layers
     assert (found[UP], found[DOWN], found[Q]) == ("int8-channel-asym", "none", "mxfp4")
     assert found["model.embed_tokens"] == "int4-g32-asym"
+    scaled = {f"{n}.scales": np.zeros(1) for n in (UP, Q)}
+    save_file(scaled, tmp_path / "model.safetensors")  # a module without scales was left alone
+    found = read(model, tmp_path, {"quantization": config}).layers
+    assert (found[UP], found[Q], found[K]) == ("int8-channel-asym", "mxfp4", "none")
+    assert found["model.embed_tokens"] == "none"
 
 
 def test_a_gguf_file_is_read_by_the_names_of_its_tensors(
     model: LoadedModel, tmp_path: Path
 ) -> None:
     gguf = pytest.importorskip("gguf")
-    import numpy as np
-
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for layer in model.layers:

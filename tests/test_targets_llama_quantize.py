@@ -19,8 +19,9 @@ from hawqkit.models.model import wrap_model
 from hawqkit.records import Allocation, Layer, ModelFacts, Tensor
 from hawqkit.targets import Target, gguf_writer
 from hawqkit.targets import llama_quantize as target
-from hawqkit.targets.configuration import MARK, NOTE, SCRIPT, first_search, verify
+from hawqkit.targets.configuration import MARK, NOTE, SCRIPT
 from hawqkit.targets.contract import Target as Contract
+from hawqkit.targets.matching import first_search, verify
 
 FILES = [target.FILE, SCRIPT, MARK, NOTE]
 

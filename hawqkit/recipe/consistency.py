@@ -12,9 +12,11 @@ from hawqkit.recipe.data_sections import CLASSIFIERS, IMAGES, TextSection, forei
 from hawqkit.recipe.document import Path
 from hawqkit.recipe.tuning_section import foreign_tune_keys
 from hawqkit.recipe.values import BUILTIN
+from hawqkit.records.activations import DYNAMIC
 from hawqkit.runtimes import refuse_formats
 from hawqkit.sensitivity.curvature_scores import CURVATURE_SCORES
 from hawqkit.sensitivity.scores import resolve_score
+from hawqkit.targets import find_target
 
 if TYPE_CHECKING:
     from hawqkit.recipe.schema import BudgetSection
@@ -81,7 +83,28 @@ def _activation_problems(parts: Mapping[str, Any]) -> list[Problem]:
             "sensitivity.also."
         )
         return [(("sensitivity", "score"), message)]
-    return []
+    return _target_problems(parts, rounding)
+
+
+def _target_problems(parts: Mapping[str, Any], rounding: Sequence[str]) -> list[Problem]:
+    """Say so where a target's consumer rounds inputs otherwise than they would be measured."""
+    asked = parts.get("activations")
+    if asked is not None and asked.mode == DYNAMIC and asked.symmetric:
+        return []
+    fixed = [
+        name
+        for name in parts.get("export") or ()
+        if (can := find_target(name).capabilities()).dynamic_inputs
+        and any(can.hold(parse_format(form)) for form in rounding)
+    ]
+    if not fixed:
+        return []
+    message = (
+        f"what reads {', '.join(fixed)} rounds the inputs of layers token by token and "
+        "symmetrically, and here they would be measured otherwise; write activations: {mode: "
+        "dynamic, symmetric: true}."
+    )
+    return [(("activations",), message)]
 
 
 def _curvature_problems(parts: Mapping[str, Any]) -> list[Problem]:

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hawqkit.errors import RecipeError
 from hawqkit.recipe.consistency import contradictions
+from hawqkit.recipe.data_sections import with_task_defaults
 from hawqkit.recipe.document import Document, Path, apply_overrides, locate, read_document
 from hawqkit.recipe.problems import explain
 from hawqkit.recipe.schema import BudgetSection, Recipe
@@ -37,7 +38,7 @@ def load_recipe(path: str | File, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         own = [e for e in error.errors(include_url=False) if e["loc"]]  # () is found again below
         problems = explain(own, document, Recipe)
-    for where, message in contradictions(_sound_parts(document.data, problems)):
+    for where, message in contradictions(_sound_parts(with_task_defaults(document.data), problems)):
         problems.setdefault(where, locate(document, where, message))
     if recipe is None or document.problems or problems:
         raise RecipeError(document.source, [*document.problems, *_in_order(document, problems)])

@@ -21,28 +21,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    exact,
-    json_text,
-    kept_names,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, kept_names, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import exact, verify
 
 NAME = "auto-round"
 ABOUT = "layer_config.json for AutoRound, with a script that runs it"
@@ -80,31 +66,6 @@ def capabilities() -> Capabilities:
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
 def settings(format: Format) -> dict[str, Any]:
     """Return the settings of one layer.
 
@@ -131,24 +92,16 @@ def layer_config(
     return chosen | {name: dict(KEPT) for name in kept if name not in embeddings}
 
 
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     wanted = layer_config(mix, layers, facts)
     text = json_text(wanted)
     verify(NAME, list(json.loads(text).items()), exact, module_names(layers, facts), wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

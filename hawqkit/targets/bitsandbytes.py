@@ -17,31 +17,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    Entries,
-    json_text,
-    kept_names,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_regex,
-    range_problems,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, kept_names, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import Entries, quoted_regex, verify
 
 NAME = "bitsandbytes"
 ABOUT = "bitsandbytes.json for BitsAndBytesConfig of transformers, with a script that runs it"
@@ -61,58 +44,24 @@ CONSUMER = Consumer(
     "```python\n"
     'model = AutoModelForCausalLM.from_pretrained("PATH/TO/OUTPUT", device_map="cpu")\n'
     "```",
+    nearest=FOUR.__contains__,
 )
 
 
 def capabilities() -> Capabilities:
     """Return the formats of its linear layers, of which a model has one."""
     return Capabilities(
-        integers=(IntegerFormats((8,), (None,), activations=(8,)),), names=tuple(FOUR), mixed=False
+        integers=(IntegerFormats((8,), (None,), activations=(8,)),),
+        names=tuple(FOUR),
+        mixed=False,
+        dynamic_inputs=True,
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts) + range_problems(allocation)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     chosen = [f for f in mix.values() if f != "none"]
     common = settings(parse_format(chosen[0] if chosen else "nf4-g64"))
     kept = kept_names(mix, layers, facts)
@@ -121,10 +70,7 @@ def write_from_facts(
     entries = [(pattern, None) for pattern in parsed.pop(SKIPPED)] + [("", parsed)]
     wanted = {name: common for name, f in mix.items() if f != "none"}
     verify(NAME, entries, decided, module_names(layers, facts), wanted)
-    consumer = CONSUMER
-    if all(name in FOUR for name in chosen):
-        consumer = replace(CONSUMER, agrees=("nearest",))
-    return write_all(NAME, consumer, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def decided(entries: Entries, name: str) -> Any:
@@ -149,3 +95,8 @@ def settings(format: Format) -> dict[str, Any]:
             "bnb_4bit_use_double_quant": False,
         }
     return {"load_in_8bit": True, "llm_int8_threshold": 0.0}
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

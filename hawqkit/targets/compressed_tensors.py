@@ -29,12 +29,12 @@ from hawqkit.targets.compressed_tensors_layouts import (
     MIXED,
     W8A8,
     format_problem,
-    input_problem,
     kernel_problem,
     layout_of,
     packed,
     scheme,
 )
+from hawqkit.targets.configuration import range_problems
 from hawqkit.targets.contract import (
     Capabilities,
     IntegerFormats,
@@ -110,7 +110,7 @@ without it sums overflow silently.
 def capabilities() -> Capabilities:
     """Return what transformers loads again."""
     integers = (IntegerFormats((2, 3, 4, 5, 6, 8)), IntegerFormats((8,), (None,), activations=(8,)))
-    return Capabilities(integers, FLOATS)
+    return Capabilities(integers, FLOATS, dynamic_inputs=True)
 
 
 def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
@@ -233,18 +233,8 @@ def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path
     from hawqkit.targets.compressed_tensors_writer import write_checkpoint
 
     require(NAME, problems(allocation.layers, model.layers, model.facts))
-    require(NAME, _input_problems(allocation) + _kernel_problems(allocation, model.layers))
+    require(NAME, range_problems(allocation) + _kernel_problems(allocation, model.layers))
     return write_checkpoint(allocation, Path(folder), model)
-
-
-def _input_problems(allocation: Allocation) -> list[str]:
-    """Return what is wrong with how the mix rounds inputs, if it does."""
-    rounds = [n for n, f in allocation.layers.items() if parse_format(f).activation_bits]
-    ranges = allocation.activations
-    if not rounds or ranges is None:
-        return []
-    wrong = input_problem(ranges.mode, ranges.symmetric)
-    return [] if wrong is None else [f"inputs of {len(rounds)} layers: {wrong}"]
 
 
 def _kernel_problems(allocation: Allocation, layers: Sequence[Layer]) -> list[str]:

@@ -165,18 +165,6 @@ def format_problem(format: Format, dtype: str) -> str | None:
     return None
 
 
-def input_problem(mode: str, symmetric: bool) -> str | None:
-    """Return why inputs that are rounded in one way cannot be written, None where they can."""
-    if mode == "dynamic" and symmetric:
-        return None
-    return (
-        f"its runtimes round the inputs of {W8A8} token by token and symmetrically, and this run "
-        f"rounds them {mode}ally"
-        f"{'' if symmetric else ' with a zero point'}; set activations: {{mode: dynamic, "
-        "symmetric: true}."
-    )
-
-
 def kernel_problem(format: Format, rows: int, columns: int, runtime: str) -> str | None:
     """Return why a runtime has no kernel for a weight of this shape, None where it has.
 

@@ -15,7 +15,7 @@ from the files beside it, never a part of its code.
 
 The consumers decide by patterns, prefixes, or the last entry that matches. So after the text was
 made it is parsed again, and every module of the model is decided by the consumer's own rule: see
-`verify`.
+`matching.verify`.
 """
 
 from __future__ import annotations
@@ -28,31 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from hawqkit import __version__
-from hawqkit.errors import HawqkitError, Unsupported
+from hawqkit.errors import HawqkitError
 from hawqkit.formats import Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
+from hawqkit.records import Allocation, Layer, ModelFacts
 from hawqkit.runtimes import group_key
 from hawqkit.targets.contract import Capabilities, choice_problem
 from hawqkit.targets.folders import published
-from hawqkit.targets.matching import (
-    Entries,
-    Rule,
-    exact,
-    first_prefix,
-    first_search,
-    last_glob,
-    quoted_glob,
-    quoted_regex,
-    verify,
-)
-
-__all__ = [
-    "MARK", "NOTE", "SCRIPT", "Consumer", "Entries", "Rule", "exact", "first_prefix",
-    "first_search", "json_text", "kept_names", "last_glob", "mark_text", "marked",
-    "module_names", "no_size", "no_size_table", "note_text", "problems_of", "quoted_glob",
-    "quoted_regex", "range_problems", "script", "sharing_problems", "verify", "would_fit",
-    "write_all", "write_configuration",
-]  # fmt: skip
 
 MARK = "hawqkit.json"
 SCRIPT = "apply.py"
@@ -77,6 +58,8 @@ class Consumer:
         requirement: what to install, with the version that was tested.
         rounding: how it rounds by itself, as the end of a sentence.
         agrees: roundings of hawqkit that give the same numbers, none if all differ.
+        nearest: format name -> whether it is rounded as hawqkit's `nearest` does, where that
+            depends on the format.
         more: paragraphs about loading the result, or traps.
     """
 
@@ -85,6 +68,15 @@ class Consumer:
     rounding: str
     agrees: tuple[str, ...] = ()
     more: str = ""
+    nearest: Callable[[str], bool] | None = None
+
+    def rounds_as(self, allocation: Allocation) -> bool:
+        """Whether every layer of a mix gets the numbers that hawqkit measured."""
+        if allocation.rounding in self.agrees:
+            return True
+        if allocation.rounding != "nearest" or self.nearest is None:
+            return False
+        return all(self.nearest(name) for name in allocation.layers.values() if name != "none")
 
 
 def problems_of(
@@ -278,7 +270,7 @@ def note_text(allocation: Allocation, consumer: Consumer) -> str:
     for format_name in allocation.layers.values():
         count[format_name] = count.get(format_name, 0) + 1
     rows = "\n".join(f"| `{name}` | {number} |" for name, number in sorted(count.items()))
-    holds = allocation.rounding in consumer.agrees
+    holds = consumer.rounds_as(allocation)
     about = _CONSUMER_ROUNDS.get(allocation.rounding, allocation.rounding)
     said = (
         "the same as here, so that the prediction holds for what it makes"
@@ -380,20 +372,3 @@ def marked(target: str) -> Callable[[Path], bool]:
         )
 
     return is_export
-
-
-def no_size(target: str) -> Unsupported:
-    """Return the refusal of a size: such a target writes names and no weights."""
-    return Unsupported(
-        f"target {target!r} writes names of formats and no weights, so it has no size: count the "
-        "bytes of 'compressed-tensors', or use the budget bits_per_weight."
-    )
-
-
-def no_size_table(target: str) -> tuple[Integers, int]:
-    """Refuse: names have no bytes that are worth a budget.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(target)

@@ -68,6 +68,8 @@ class Capabilities:
         mixed: False if all quantized layers must have one format.
         rows_multiple: what the rows of a quantized layer must be a multiple of.
         columns_multiple: the same of its columns.
+        dynamic_inputs: whether rounded inputs are rounded token by token and symmetrically,
+            whatever ranges were measured.
         shares: the runtime whose fused layers must share a format whatever reads the result; None
             where only the runtime of the allocation decides.
     """
@@ -79,6 +81,7 @@ class Capabilities:
     mixed: bool = True
     rows_multiple: int = 1
     columns_multiple: int = 1
+    dynamic_inputs: bool = False
     shares: str | None = None
 
     def hold(self, format: Format) -> bool:

@@ -19,30 +19,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from hawqkit.formats import parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    kept_names,
-    last_glob,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_glob,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, kept_names, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import last_glob, quoted_glob, verify
 
 NAME = "exllamav3"
 ABOUT = "recipe.yaml for exllamav3, with a script that runs it on a CUDA device (not run here)"
@@ -70,55 +56,17 @@ def capabilities() -> Capabilities:
     return Capabilities(integers=(IntegerFormats((2, 3, 4, 5, 6, 8), (None,)),))
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     wanted = bits_of(mix, layers, facts)
     head = wanted.pop(HEAD, KEPT)
     text = recipe_text(wanted, head, layers)
     parsed: dict[str, Any] = yaml.safe_load(text)["tensors"]
     names = [name for name in module_names(layers, facts) if name != HEAD]
     verify(NAME, list(parsed.items()), last_glob, names, wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def bits_of(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> dict[str, int]:
@@ -146,3 +94,8 @@ def recipe_text(bits: Mapping[str, int], head: int, layers: Sequence[Layer]) -> 
     recipe = {"target_bpw": round(mean, 4), "head_bits": head, "tensors": tensors}
     text: str = yaml.safe_dump(recipe, sort_keys=False, width=10_000)
     return text
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

@@ -15,29 +15,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    first_prefix,
-    json_text,
-    kept_names,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_regex,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, kept_names, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import first_prefix, quoted_regex, verify
 
 NAME = "gptqmodel"
 ABOUT = "dynamic.json for GPTQModel, with a script that runs it"
@@ -70,54 +55,16 @@ def capabilities() -> Capabilities:
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     text = json_text(dynamic(mix, layers, facts))
     wanted = {n: settings(parse_format(f)) for n, f in mix.items() if f != "none"}
     for fused, members in fused_groups(mix).items():
         wanted[fused] = wanted[members[0]]
     verify(NAME, entries(text), first_prefix, module_names(layers, facts), wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def settings(format: Format) -> dict[str, Any]:
@@ -177,3 +124,8 @@ def entries(text: str) -> list[tuple[str, Any]]:
     """Return (pattern, settings) as the consumer reads them; None keeps a module."""
     parsed: dict[str, Any] = json.loads(text)
     return [(key[2:], None if key.startswith("-:") else value) for key, value in parsed.items()]
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

@@ -16,27 +16,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import GGUF, format_names, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    first_search,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_regex,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, require
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities
 from hawqkit.targets.gguf_layout import PLAIN_OF
 from hawqkit.targets.gguf_names import architecture_of, layer_tensors, tensor_names
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.targets.matching import first_search, quoted_regex, verify
 
 NAME = "llama-quantize"
 ABOUT = "tensor-types.txt for llama.cpp's llama-quantize, with a script that runs it"
@@ -68,21 +57,20 @@ def capabilities() -> Capabilities:
     return _CAN
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit.
+def own_problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
+    """Return the layers whose tensors llama.cpp does not know.
 
     Raises:
         Unsupported: the package `gguf`, which knows names of tensors, is missing.
     """
-    found = problems_of(mix, layers, facts, _CAN)
     if not facts.config.get("model_type"):
-        return found
+        return []
     if architecture_of(facts) is None:
         kind = facts.config["model_type"]
         unknown = f"model {facts.source!r}: llama.cpp knows no models of type {kind!r}; "
-        return [unknown + "export 'bits'.", *found]
+        return [unknown + "export 'bits'."]
     placed = layer_tensors(layers, tensor_names(facts))
-    return found + [
+    return [
         f"layer {layer.name!r}: llama.cpp knows no tensor of that name, so it would be left out; "
         f"keep it ('none'), or exclude it with `layers.exclude: [{layer.name}]`."
         for layer in layers
@@ -90,47 +78,14 @@ def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts)
     ]
 
 
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write types, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write types, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix, or the package `gguf` is missing; nothing is
-            written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    require(NAME, problems(mix, layers, facts))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     wanted = tensor_types(mix, layers, facts)
     text = types_text(wanted)
     verify(NAME, entries(text), first_search, wanted, wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def tensor_types(
@@ -168,3 +123,8 @@ def entries(text: str) -> list[tuple[str, Any]]:
     """Return (expression, type) as the tool reads them: words, the name in lower case."""
     words = (word.partition("=") for word in re.split(r"[ \t\n\v\f\r]+", text) if word)
     return [(name.lower(), kind.lower()) for name, _, kind in words]
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration, own_problems)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

@@ -17,31 +17,16 @@ share their settings. Zero points are refused: what is saved with them does not 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from hawqkit.formats import INTEGER, Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    first_prefix,
-    kept_names,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_regex,
-    range_problems,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, kept_names, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import first_prefix, quoted_regex, verify
 
 NAME = "llm-compressor"
 ABOUT = "recipe.yaml for llm-compressor, with a script that runs it"
@@ -79,55 +64,18 @@ def capabilities() -> Capabilities:
             IntegerFormats((8,), (None,), activations=(8,)),
         ),
         names=tuple(FP8),
+        dynamic_inputs=True,
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts) + range_problems(allocation)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     text = recipe_text(mix, layers, facts)
     wanted = {n: group(parse_format(f)) for n, f in mix.items() if f != "none"}
     verify(NAME, entries(text), first_prefix, module_names(layers, facts), wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def group(format: Format) -> dict[str, Any]:
@@ -177,3 +125,8 @@ def entries(text: str) -> list[tuple[str, Any]]:
         targets = settings.pop("targets")
         found += [(target[3:], settings) for target in targets]
     return found
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

@@ -14,28 +14,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import INTEGER, Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    json_text,
-    last_glob,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_glob,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import last_glob, quoted_glob, verify
 
 NAME = "modelopt"
 ABOUT = "quant_cfg.json for NVIDIA ModelOpt, with a script that runs it"
@@ -68,55 +54,17 @@ def capabilities() -> Capabilities:
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     text = json_text({"quant_cfg": quant_cfg(mix), "algorithm": "max"})
     parsed = json.loads(text)["quant_cfg"]
     entries = [(entry["quantizer_name"], entry.get("cfg")) for entry in parsed]
     wanted = {name + QUANTIZER: settings(parse_format(f)) for name, f in mix.items() if f != "none"}
     names = [name + QUANTIZER for name in module_names(layers, facts)]
     verify(NAME, entries, last_glob, names, wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def settings(format: Format) -> dict[str, Any]:
@@ -143,3 +91,8 @@ def quant_cfg(mix: Mapping[str, str]) -> list[dict[str, Any]]:
         if format_.quantizes
     ]
     return [{"quantizer_name": "*", "enable": False}, *entries]
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

@@ -13,27 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    exact,
-    json_text,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import exact, verify
 
 NAME = "openvino"
 ABOUT = "openvino.json for NNCF, with a script that compresses an OpenVINO model"
@@ -70,15 +57,14 @@ def capabilities() -> Capabilities:
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    found = problems_of(mix, layers, facts, capabilities())
+def own_problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
+    """Return the layers of a second format of 3 bits."""
     threes: dict[str, list[str]] = {}
     for name, format_name in mix.items():
         if format_name in capabilities().formats() and parse_format(format_name).bits == 3:
             threes.setdefault(format_name, []).append(name)
     most = max(threes, key=lambda f: len(threes[f]), default="")
-    return found + [
+    return [
         f"layer {name!r} in format {format_name!r}: NNCF takes no second pass of 3 bits, and most "
         f"layers of 3 bits have {most!r} here; {most!r} or another width fits."
         for format_name, names in threes.items()
@@ -87,43 +73,10 @@ def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts)
     ]
 
 
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     text = json_text(passes(mix))
     entries = [
         (name, {k: v for k, v in made.items() if k != "layers"})
@@ -132,7 +85,7 @@ def write_from_facts(
     ]
     wanted = {n: settings(parse_format(f)) for n, f in mix.items() if f != "none"}
     verify(NAME, entries, exact, module_names(layers, facts), wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def settings(format: Format) -> dict[str, Any]:
@@ -157,3 +110,8 @@ def passes(mix: Mapping[str, str]) -> list[dict[str, Any]]:
             members.setdefault(format_name, []).append(name)
     ordered = sorted(members, key=lambda f: ORDER.index(parse_format(f).bits or 0))
     return [{**settings(parse_format(f)), "layers": members[f]} for f in ordered]
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration, own_problems)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

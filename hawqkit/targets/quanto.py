@@ -14,28 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    Entries,
-    json_text,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    quoted_glob,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import Entries, quoted_glob, verify
 
 NAME = "quanto"
 ABOUT = "quanto.json for optimum-quanto, with a script that runs it"
@@ -77,9 +63,9 @@ def capabilities() -> Capabilities:
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    found = problems_of(mix, layers, facts, capabilities())
+def own_problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
+    """Return the layers whose columns quanto groups otherwise than their format does."""
+    found = []
     for layer in layers:
         format_name = mix.get(layer.name, "none")
         if TYPES.get(format_name) not in ("qint2", "qint4"):
@@ -107,48 +93,15 @@ def group_of(columns: int) -> int:
     return fitting[0] if fitting else columns
 
 
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     text = json_text(passes(mix))
     entries = [(glob, made["weights"]) for made in json.loads(text) for glob in made["include"]]
     wanted = {name: TYPES[f] for name, f in mix.items() if f != "none"}
     verify(NAME, entries, first_glob, module_names(layers, facts), wanted)
-    return write_all(NAME, CONSUMER, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def first_glob(entries: Entries, name: str) -> Any:
@@ -167,3 +120,8 @@ def passes(mix: Mapping[str, str]) -> list[dict[str, Any]]:
         if format_name != "none":
             members.setdefault(TYPES[format_name], []).append(quoted_glob(name))
     return [{"weights": kind, "include": globs} for kind, globs in members.items()]
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration, own_problems)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

@@ -17,28 +17,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hawqkit.formats import INTEGER, Format, parse_format
-from hawqkit.records import Allocation, Integers, Layer, ModelFacts
-from hawqkit.targets.configuration import (
-    Consumer,
-    Entries,
-    json_text,
-    module_names,
-    no_size,
-    no_size_table,
-    problems_of,
-    sharing_problems,
-    verify,
-    write_all,
-)
-from hawqkit.targets.contract import Capabilities, IntegerFormats, require
-
-if TYPE_CHECKING:
-    from hawqkit.models.model import LoadedModel
+from hawqkit.records import Layer, ModelFacts
+from hawqkit.targets.configuration import Consumer, json_text, module_names
+from hawqkit.targets.configured import Configured
+from hawqkit.targets.contract import Capabilities, IntegerFormats
+from hawqkit.targets.matching import Entries, verify
 
 NAME = "torchao"
 ABOUT = "torchao.json for TorchAoConfig of transformers, with a script that runs it"
@@ -59,6 +45,7 @@ CONSUMER = Consumer(
     "```python\n"
     'model = AutoModelForCausalLM.from_pretrained("PATH/TO/OUTPUT")\n'
     "```",
+    nearest=lambda name: name in FP8 or not parse_format(name).symmetric,
 )
 
 
@@ -69,56 +56,15 @@ def capabilities() -> Capabilities:
     )
 
 
-def problems(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> list[str]:
-    """Return everything that the target cannot hold, each with the layer and what would fit."""
-    return problems_of(mix, layers, facts, capabilities())
-
-
-def size_table(
-    layers: Sequence[Layer], formats: Sequence[str], facts: ModelFacts
-) -> tuple[Integers, int]:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    return no_size_table(NAME)
-
-
-def size(mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts) -> int:
-    """Refuse: the file holds names, no weights.
-
-    Raises:
-        Unsupported: always.
-    """
-    raise no_size(NAME)
-
-
-def write(allocation: Allocation, folder: Path, model: LoadedModel) -> list[Path]:
-    """Write configuration, script and note; see `contract.Target.write`."""
-    return write_from_facts(allocation, folder, model.layers, model.facts)
-
-
-def write_from_facts(
-    allocation: Allocation, folder: Path, layers: Sequence[Layer], facts: ModelFacts
-) -> list[Path]:
-    """Write configuration, script and note where the model itself is not loaded.
-
-    Raises:
-        Unsupported: the target cannot hold the mix; nothing is written.
-        InputError: the folder holds something else; nothing is changed.
-    """
-    mix = allocation.layers
-    found = problems(mix, layers, facts)
-    require(NAME, found or sharing_problems(mix, allocation.runtime))
+def configuration(
+    mix: Mapping[str, str], layers: Sequence[Layer], facts: ModelFacts
+) -> dict[str, str]:
+    """Return file name -> text, matched again with the consumer's rule."""
     wanted = {n: settings(parse_format(f)) for n, f in mix.items() if f != "none"}
     text = json_text(tagged("FqnToConfig", 1, {"fqn_to_config": wanted}))
     entries = list(json.loads(text)["_data"]["fqn_to_config"].items())
     verify(NAME, entries, decided, module_names(layers, facts), wanted)
-    consumer = CONSUMER
-    if all(f in FP8 or not parse_format(f).symmetric for f in mix.values() if f != "none"):
-        consumer = replace(CONSUMER, agrees=("nearest",))
-    return write_all(NAME, consumer, allocation, folder, layers, facts, {FILE: text})
+    return {FILE: text}
 
 
 def decided(entries: Entries, name: str) -> Any:
@@ -168,3 +114,8 @@ def settings(format: Format) -> dict[str, Any]:
         "mapping_type": tagged("MappingType", None, mapping),
     }
     return tagged("IntxWeightOnlyConfig", 2, data)
+
+
+_TARGET = Configured(NAME, CONSUMER, capabilities, configuration)
+problems, size_table, size = _TARGET.problems, _TARGET.size_table, _TARGET.size
+write, write_from_facts = _TARGET.write, _TARGET.write_from_facts

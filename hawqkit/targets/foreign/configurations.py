@@ -3,11 +3,15 @@
     compressed-tensors   exact names before `re:` patterns before class names; `ignore` wins
     gptq                 `dynamic`: re.match, the first pattern wins, `-:` keeps; else the defaults
     auto-round           `extra_config`: exact names, then patterns; else the defaults
-    awq                  one format; `modules_to_not_convert` as parts of names
-    bitsandbytes         one format; `llm_int8_skip_modules` as parts of names
-    mlx                  `quantization`: exact names, false keeps; else the defaults
+    awq                  one format; `modules_to_not_convert` and the head stay
+    bitsandbytes         one format; `llm_int8_skip_modules` stay, or the head without such a list
+    mlx                  `quantization`: exact names, false keeps; else the defaults, where the
+                         checkpoint has scales for the module
 
-Sources: the libraries' own code, of the versions in docs/targets.md.
+Names in the lists of awq and bitsandbytes are patterns from the start of a name to a boundary, or
+the name's end. Sources: compressed-tensors 0.20.0 (`match_targets`), AutoRound 0.16.1
+(`inference.convert_model`), GPTQModel 7.6.0 (`dynamic_get`), transformers 5.23
+(`should_convert_module`), mlx-lm 0.32.2 (`load_model`).
 """
 
 from __future__ import annotations
@@ -154,7 +158,7 @@ def read_awq(config: Config, layers: Sequence[Layer]) -> ForeignMix:
     kept = config.get("modules_to_not_convert") or ()
     found = Collected()
     for layer in layers:
-        if _stays(layer, config) or any(part in layer.name for part in kept):
+        if _stays(layer, config) or skipped(layer.name, kept):
             found.keep(layer)
             continue
         bits = config.get("bits", config.get("w_bit"))
@@ -167,12 +171,13 @@ def read_awq(config: Config, layers: Sequence[Layer]) -> ForeignMix:
 
 def read_bitsandbytes(config: Config, layers: Sequence[Layer]) -> ForeignMix:
     """Read which of the two widths it is, and which modules stay."""
-    kept = [*(config.get("llm_int8_skip_modules") or ()), HEAD]
+    listed = config.get("llm_int8_skip_modules")
+    kept = [HEAD] if listed is None else listed
     name = f"{config.get('bnb_4bit_quant_type', 'fp4')}-g64"
     wide = not config.get("load_in_4bit", config.get("_load_in_4bit"))
     found = Collected()
     for layer in layers:
-        if layer.kind != "linear" or any(part in layer.name.split(".") for part in kept):
+        if layer.kind != "linear" or skipped(layer.name, kept):
             found.keep(layer)
         elif wide:
             found.give(layer, "int8-channel", "LLM.int8()")
@@ -185,14 +190,34 @@ def read_bitsandbytes(config: Config, layers: Sequence[Layer]) -> ForeignMix:
     return found.mix("bitsandbytes", nested if config.get("bnb_4bit_use_double_quant") else ())
 
 
-def read_mlx(config: Config, layers: Sequence[Layer]) -> ForeignMix:
-    """Read the defaults and those of single modules; embeddings are quantized too."""
+def skipped(name: str, patterns: Sequence[str]) -> bool:
+    """Whether transformers leaves a module alone.
+
+    >>> skipped("model.layers.11.mlp", ["layers.1"]), skipped("model.layers.1.up", ["up"])
+    (False, True)
+    """
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(rf"(?:{p}){boundary}", name) or name.endswith(p) for p in patterns)
+
+
+def read_mlx(
+    config: Config, layers: Sequence[Layer], stored: frozenset[str] = frozenset()
+) -> ForeignMix:
+    """Read the defaults and those of single modules; embeddings are quantized too.
+
+    Args:
+        config: the part `quantization`.
+        layers: of the model.
+        stored: names of the checkpoint's tensors: a module without `scales` stays. Empty where
+            only the configuration is there.
+    """
     found = Collected()
     for layer in layers:
         own = config.get(layer.name)
         if own is None:
             own = next((config[n] for n in layer.tied if n in config), None)
-        if own is False or layer.kind not in ("linear", "embedding"):
+        bare = stored and own is None and f"{layer.name}.scales" not in stored
+        if own is False or bare or layer.kind not in ("linear", "embedding"):
             found.keep(layer)
             continue
         base = {key: config.get(key) for key in ("bits", "group_size", "mode")}
@@ -203,4 +228,7 @@ def read_mlx(config: Config, layers: Sequence[Layer]) -> ForeignMix:
         if mode == "affine":
             name = integer_format(bits, size, symmetric=False, columns=layer.columns)
         found.give(layer, name, described({"bits": bits, "group_size": size, "mode": mode}))
-    return found.mix("mlx")
+    if stored:
+        return found.mix("mlx")
+    alone = "of the configuration alone: modules that it does not name are taken as quantized"
+    return found.mix("mlx", [alone])

@@ -76,12 +76,24 @@ def _from_configs(paths: Sequence[Path], layers: Sequence[Layer]) -> ForeignMix:
         if method in READERS:
             return READERS[method](part, layers)
         if isinstance(part, Mapping) and not method and {"bits", "group_size"} <= set(part):
-            mlx = "quantization" in config or "mode" in part
-            return (known.read_mlx if mlx else known.read_gptq)(part, layers)
+            if "quantization" in config or "mode" in part:
+                return known.read_mlx(part, layers, _tensor_names(path.parent))
+            return known.read_gptq(part, layers)
         seen.append(
             f"{path} has quant_method {method!r}" if method else f"{path} quantizes nothing"
         )
     raise InputError(f"{'; '.join(seen)}: known are {', '.join(READERS)}, mlx and GGUF files.")
+
+
+def _tensor_names(folder: Path) -> frozenset[str]:
+    """Return the names of all tensors in a folder's safetensors files."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            names.update(file.keys())
+    return frozenset(names)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
